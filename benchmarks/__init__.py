@@ -1,0 +1,1 @@
+"""Measurements of icexport: latency, kernels and control fidelity."""

@@ -1,0 +1,168 @@
+"""ONNX Runtime on CPU and CUDA, reading and writing torch memory in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines import torch_eager
+from engines.base import Availability, TensorSpec, as_device, check_inputs, require_device, select_outputs
+from engines.errors import BackendUnavailableError, EngineError
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_LOG_ERRORS_ONLY = 3
+_DTYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
+    "tensor(float)": (torch.float32, np.float32),
+    "tensor(float16)": (torch.float16, np.float16),
+    "tensor(double)": (torch.float64, np.float64),
+    "tensor(int64)": (torch.int64, np.int64),
+    "tensor(int32)": (torch.int32, np.int32),
+    "tensor(int8)": (torch.int8, np.int8),
+    "tensor(uint8)": (torch.uint8, np.uint8),
+    "tensor(bool)": (torch.bool, np.bool_),
+}
+_NUMPY = dict(_DTYPES.values())
+
+
+def check() -> Availability:
+    """Whether ONNX Runtime imports, and on which devices it can share memory with torch. Never raises."""
+    try:
+        import onnxruntime
+
+        version, providers = str(onnxruntime.__version__), onnxruntime.get_available_providers()
+    except (ImportError, OSError, AttributeError) as error:  # AttributeError: a half-removed installation
+        fix = "Run: pip install --force-reinstall onnxruntime"
+        return Availability(False, None, f"onnxruntime cannot be imported: {error}", fix, ())
+    if _PROVIDERS["cuda"] in providers:
+        return replace(torch_eager.check(), version=version)  # torch holds the memory: its devices are the limit
+    return Availability(
+        True,
+        version,
+        f"onnxruntime {version} was built without {_PROVIDERS['cuda']}",
+        "For a GPU, run: pip uninstall onnxruntime, then: pip install onnxruntime-gpu",
+        ("cpu",),
+    )
+
+
+class OnnxRuntimeEngine:
+    """Runs an ONNX file in an ONNX Runtime session.
+
+    Inputs are read from, and outputs written to, the memory of torch tensors. The shape of an output may depend only
+    on the shapes of the inputs: it is learned at the first call with these shapes (which copies the output once).
+
+    Args:
+        name: Of the graph.
+        path: The ONNX file; its external data, if any, lies beside it.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:<i>"``.
+        threads: CPU threads within an operator; None leaves the choice to ONNX Runtime.
+
+    Raises:
+        BackendUnavailableError: If ONNX Runtime or the device cannot be used. There is no fallback to another device.
+        EngineError: If the file is missing, damaged, or has a tensor type that torch does not share.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(
+        self, name: str, path: str | Path, device: str | torch.device = "cpu", threads: int | None = None
+    ) -> None:
+        self.name = name
+        self.path = Path(path)
+        self.device = as_device(device)
+        require_device(self.backend, check(), self.device.type)
+        # Any: onnxruntime ships no type information.
+        self._session: Any | None = _open_session(self.path, self.device, threads)
+        self.inputs = tuple(_spec(node, self.path) for node in self._session.get_inputs())
+        self.outputs = tuple(_spec(node, self.path) for node in self._session.get_outputs())
+        self._dtypes = {spec.name: spec.dtype for spec in self.outputs}
+        self._shapes: dict[tuple[torch.Size, ...], dict[str, torch.Size]] = {}
+
+    def __call__(self, inputs: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Run the graph once; see ``engines.Engine``. Blocks until the outputs are written."""
+        session = self._session
+        if session is None:
+            raise EngineError(f"graph {self.name!r} ({self.path}) was closed and cannot be run. Build a new engine.")
+        names = select_outputs(self, outputs)
+        tensors = [tensor.contiguous() for tensor in check_inputs(self, inputs)]
+        shapes = self._shapes.setdefault(tuple(tensor.shape for tensor in tensors), {})
+        results = {
+            name: torch.empty(shapes[name], dtype=self._dtypes[name], device=self.device)
+            for name in names
+            if name in shapes
+        }
+
+        where = (self.device.type, self.device.index or 0)
+        binding = session.io_binding()
+        for spec, tensor in zip(self.inputs, tensors, strict=True):
+            binding.bind_input(spec.name, *where, _NUMPY[spec.dtype], tuple(tensor.shape), tensor.data_ptr())
+        for name in names:
+            if name in results:
+                tensor = results[name]
+                binding.bind_output(name, *where, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+            else:
+                binding.bind_output(name, *where)
+        if self.device.type == "cuda":
+            # ONNX Runtime works on a stream of its own: what torch still has queued for the bound memory comes first.
+            torch.cuda.current_stream(self.device).synchronize()
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # the exceptions of ONNX Runtime have no base class of their own
+            raise EngineError(f"graph {self.name!r} ({self.path}) failed in ONNX Runtime: {error}") from error
+
+        for name, value in zip(names, binding.get_outputs(), strict=True):
+            if name not in results:
+                results[name] = torch.tensor(value.numpy(), device=self.device)
+                shapes[name] = results[name].shape
+        return {name: results[name] for name in names}
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+
+def _open_session(path: Path, device: torch.device, threads: int | None) -> Any:
+    """Open a session on exactly one device; with CUDA, ONNX Runtime keeps the arithmetic of shapes on the CPU."""
+    import onnxruntime
+
+    if not path.is_file():
+        raise EngineError(f"there is no ONNX file at {path}. Check the path, or build the graph again.")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    provider = _PROVIDERS[device.type]
+    providers: list[Any] = [provider]
+    if device.type == "cuda":
+        providers = [(provider, {"device_id": str(device.index)}), _PROVIDERS["cpu"]]
+    try:
+        # enable_fallback: without 0, a provider that fails is replaced by the CPU with nothing but a print.
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    except Exception as error:  # the exceptions of ONNX Runtime have no base class of their own
+        raise EngineError(
+            f"ONNX Runtime cannot load {path}: {error}. If the file or the data beside it is damaged or incomplete, "
+            "build the graph again."
+        ) from error
+    if session.get_providers()[0] != provider:
+        raise BackendUnavailableError(
+            f"{provider} could not be started for {path}: ONNX Runtime only offers "
+            f"{', '.join(session.get_providers())}. Its CUDA and cuDNN libraries are probably missing or of another "
+            "version: install the onnxruntime-gpu that matches torch's CUDA version, or use device 'cpu'."
+        )
+    return session
+
+
+def _spec(node: Any, path: Path) -> TensorSpec:
+    """Translate ONNX Runtime's description of an input or output; a size without a symbol gets one of its own."""
+    if node.type not in _DTYPES:
+        raise EngineError(f"{node.name} in {path} is a {node.type}; supported are: {', '.join(_DTYPES)}.")
+    shape = tuple(
+        size if isinstance(size, int | str) else f"{node.name}.{axis}" for axis, size in enumerate(node.shape)
+    )
+    return TensorSpec(node.name, _DTYPES[node.type][0], shape)

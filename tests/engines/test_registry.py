@@ -1,0 +1,71 @@
+"""Choosing a backend: the choice is logged, a named one is never replaced, a broken one is never a crash."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from engines import errors, registry
+from engines.base import Availability
+
+CPU_ONLY = Availability(True, "1.2", "no CUDA here", "Get CUDA", ("cpu",))
+ABSENT = Availability(False, None, "not installed", "pip install it", ())
+BOTH = Availability(True, "3.4", "", "", ("cpu", "cuda"))
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **availability: Availability) -> None:
+    monkeypatch.setattr(registry, "check", lambda name: availability[name])
+
+
+def test_every_backend_answers_here() -> None:
+    for name in registry.BACKENDS:
+        assert registry.check(name).usable
+    assert registry.available() == ("onnxruntime", "torch")
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    for ask in (registry.check, registry.resolve):
+        with pytest.raises(ValueError, match=r"'openvino'.*onnxruntime, torch"):
+            ask("openvino")
+
+
+def test_a_module_that_cannot_be_imported_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "engines.onnxruntime", None)
+    availability = registry.check("onnxruntime")
+    assert not availability.usable
+    assert "engines.onnxruntime" in availability.reason
+    assert registry.available() == ("torch",)
+
+
+def test_auto_logs_its_choice_and_what_it_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend(monkeypatch, onnxruntime=CPU_ONLY, torch=BOTH)
+    with caplog.at_level(logging.INFO, "engines"):
+        assert registry.resolve("auto", torch.device("cuda:1")) == "torch"
+    for part in ("torch 3.4", "cuda", "not onnxruntime (no CUDA here"):
+        assert part in caplog.text
+    assert registry.resolve("auto") == "onnxruntime"
+
+
+def test_a_named_backend_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, onnxruntime=ABSENT, torch=BOTH)
+    assert registry.resolve("torch", "cuda:0") == "torch"
+    with pytest.raises(errors.BackendUnavailableError, match=r"onnxruntime.*not installed.*pip install it"):
+        registry.resolve("onnxruntime")
+
+
+def test_auto_without_any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, onnxruntime=ABSENT, torch=CPU_ONLY)
+    with pytest.raises(errors.BackendUnavailableError, match=r"'cuda'.*not installed.*no CUDA here"):
+        registry.resolve("auto", "cuda")
+
+
+def test_the_table_is_read_without_torch() -> None:
+    code = "import engines, sys; sys.exit(' '.join({'torch', 'onnxruntime', 'numpy'} & set(sys.modules)) or 0)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
