@@ -1,0 +1,34 @@
+"""Conditions: what a control map shows, how it is read from a picture, and how well a picture follows one."""
+
+from __future__ import annotations
+
+from icexport.conditions.base import Condition
+from icexport.conditions.canny import Canny
+from icexport.conditions.depth import Depth
+from icexport.conditions.hed import Hed
+from icexport.conditions.lineart import Lineart
+from icexport.errors import ConditionError
+
+__all__ = ["Canny", "Condition", "Depth", "Hed", "Lineart", "get", "names"]
+
+_CONDITIONS: dict[str, type[Condition]] = {kind.name: kind for kind in (Canny, Hed, Lineart, Depth)}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `get` and ``--cond`` take."""
+    return tuple(_CONDITIONS)
+
+
+def get(name: str, **options: object) -> Condition:
+    """The condition called ``name``, with its options set.
+
+    Args:
+        name: One of `names`.
+        **options: Fields of its class, for instance ``low_threshold=100`` for canny.
+
+    Raises:
+        ConditionError: If the name or an option is unknown, or an option is out of range.
+    """
+    if name not in _CONDITIONS:
+        raise ConditionError(f"There is no condition {name!r}. Known conditions: {', '.join(names())}.")
+    return _CONDITIONS[name]().with_options(**options)

@@ -1,0 +1,170 @@
+"""The interface of a condition, and what all conditions share: options, checks, 8-bit pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from icexport.errors import ConditionError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Condition(ABC):
+    """What a control map shows, and how to read it from pictures.
+
+    The fields of a subclass are its options: bound by `icexport.conditions.get` or `with_options`, or given to a call.
+    """
+
+    name: ClassVar[str]
+    polarity: ClassVar[str]
+    """What is bright in a control map."""
+    metric: ClassVar[str]
+    """What `score` measures."""
+    unit: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    value_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
+    def describe(self) -> dict[str, Any]:
+        """What a bundle's manifest records of the condition."""
+        return {
+            "name": self.name,
+            "value_range": list(self.value_range),
+            "polarity": self.polarity,
+            "metric": self.metric,
+            "unit": self.unit,
+            "higher_is_better": self.higher_is_better,
+        }
+
+    def with_options(self, **options: Any) -> Self:
+        """The same condition with some options changed.
+
+        Raises:
+            ConditionError: If an option is unknown or out of range.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(set(options) - set(known)):
+            raise ConditionError(
+                f"{self.name} has no option {', '.join(map(repr, unknown))}. Its options: {', '.join(known)}."
+            )
+        return dataclasses.replace(self, **options)
+
+    def extract(self, image: Image.Image, **options: Any) -> Image.Image:
+        """Read the control map from a picture, on the CPU.
+
+        Args:
+            image: Any 8-bit mode (grey, palette, RGBA ...); transparent parts count as white.
+            **options: Override this condition's options.
+
+        Returns:
+            RGB picture of the same size.
+
+        Raises:
+            ConditionError: If an option is not valid, weights are missing, or the picture has more than 8 bits.
+        """
+        pixels = to_pixels(to_rgb(image))
+        with torch.no_grad():
+            return to_image(self.with_options(**options)._extract_8bit(pixels)[0])
+
+    def extract_batch(self, pixels: Tensor, **options: Any) -> Tensor:
+        """Read control maps from a batch, on its device. The class says whether gradients reach ``pixels``.
+
+        Args:
+            pixels: ``[B,3,H,W]`` in [0,1], any float dtype.
+            **options: Override this condition's options.
+
+        Returns:
+            ``[B,3,H,W]`` float32 in [0,1], three equal channels.
+
+        Raises:
+            ConditionError: If an option or the shape is not valid, or weights are missing.
+        """
+        return self.with_options(**options)._extract(_checked(pixels, "pixels")).repeat(1, 3, 1, 1)
+
+    @torch.no_grad()
+    def score(self, pictures: Tensor, control_maps: Tensor, **options: Any) -> Tensor:
+        """How well finished pictures follow their control maps.
+
+        Pictures are rounded to 8 bits first and read with the same extractor as `extract`, so that the score is what
+        anyone recomputes from the saved files.
+
+        Args:
+            pictures: ``[B,3,H,W]`` in [0,1].
+            control_maps: ``[B,3,H,W]`` in [0,1].
+            **options: Override this condition's options.
+
+        Returns:
+            ``[B]`` float32 on the device of ``pictures``, in `unit`; `higher_is_better` says which way.
+
+        Raises:
+            ConditionError: If an option or a shape is not valid, or weights are missing.
+        """
+        pictures, control_maps = _checked(pictures, "pictures"), _checked(control_maps, "control_maps")
+        if pictures.shape != control_maps.shape:
+            raise ConditionError(
+                f"Pictures of shape {tuple(pictures.shape)} cannot be scored against control maps of shape "
+                f"{tuple(control_maps.shape)}; expected equal shapes."
+            )
+        condition = self.with_options(**options)
+        readings = round_to_8bit(condition._extract_8bit(round_to_8bit(pictures)))
+        return condition._compare(readings, control_maps.to(pictures.device).mean(1, keepdim=True))
+
+    @abstractmethod
+    def _extract(self, pixels: Tensor) -> Tensor:
+        """Control maps ``[B,1,H,W]`` of ``pixels`` ``[B,3,H,W]`` float32."""
+
+    def _extract_8bit(self, pixels: Tensor) -> Tensor:
+        """As `_extract`, for pixels that are multiples of 1/255, without gradients."""
+        return self._extract(pixels)
+
+    @abstractmethod
+    def _compare(self, readings: Tensor, control_maps: Tensor) -> Tensor:
+        """Score ``[B]`` of readings ``[B,1,H,W]`` against control maps of the same shape."""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture of any 8-bit mode to RGB, transparent parts on white.
+
+    Raises:
+        ConditionError: If it has more than 8 bits a channel, which Pillow would clip without a word.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ConditionError(f"The picture has mode {image.mode!r} (more than 8 bits); save it with 8 bits a channel.")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB picture as ``[1,3,H,W]`` float32 in [0,1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """A map ``[1|3,H,W]`` in [0,1] as an RGB picture, rounded to 8 bits."""
+    levels = (255 * round_to_8bit(pixels)).round().byte().expand(3, -1, -1)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def round_to_8bit(pixels: Tensor) -> Tensor:
+    """Clip to [0,1] and round to multiples of 1/255, as a saved picture is."""
+    return (255 * pixels.clamp(0, 1)).round() / 255
+
+
+def _checked(pixels: Tensor, name: str) -> Tensor:
+    """``pixels`` as float32, once its shape and type are right."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+        raise ConditionError(
+            f"{name} is {pixels.dtype} of shape {tuple(pixels.shape)}; expected floats in [0,1] of shape [B,3,H,W]."
+        )
+    return pixels.float()

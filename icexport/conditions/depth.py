@@ -1,0 +1,89 @@
+"""Relative depth by the depth models of transformers (DPT, Depth Anything), from a folder or the hub."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icexport.conditions.base import Condition
+from icexport.errors import ConditionError
+from icexport.fidelity.control import depth_rmse, min_max
+
+DEFAULT_MODEL = "Intel/dpt-hybrid-midas"
+MODEL_TYPES = ("dpt", "depth_anything")
+
+
+@dataclass(frozen=True)
+class Depth(Condition):
+    """Depth, stretched to [0,1] per picture by its minimum and maximum. Differentiable.
+
+    Attributes:
+        model: Folder or hub id of a DPT or Depth Anything model. None is Intel/dpt-hybrid-midas if it is in the local
+            cache; naming an id permits the download.
+    """
+
+    name: ClassVar[str] = "depth"
+    polarity: ClassVar[str] = "near is white, far is black"
+    metric: ClassVar[str] = "RMSE of min-max normalised depth"
+    unit: ClassVar[str] = "8-bit levels"
+    higher_is_better: ClassVar[bool] = False
+
+    model: str | Path | None = None
+
+    def _extract(self, pixels: Tensor) -> Tensor:
+        model, processor = _load(None if self.model is None else str(self.model), pixels.device)
+        depth = model(_model_input(pixels, processor)).predicted_depth[:, None]
+        if getattr(model.config, "depth_estimation_type", "relative") == "metric":
+            depth = -depth  # metric models give distance, so near would be black
+        return min_max(F.interpolate(depth, pixels.shape[-2:], mode="bicubic"))
+
+    def _compare(self, readings: Tensor, control_maps: Tensor) -> Tensor:
+        return depth_rmse(readings, control_maps)
+
+
+def _model_input(pixels: Tensor, processor: Any) -> Tensor:
+    """Resize and normalise as the model's image processor does, on the device and with gradients."""
+    resized = F.interpolate(pixels, _input_size(pixels, processor), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    return (resized - mean) / std
+
+
+def _input_size(pixels: Tensor, processor: Any) -> list[int]:
+    """Height and width that the model wants for these pixels."""
+    sides = pixels.shape[-2:]
+    scales = [processor.size[name] / side for name, side in zip(("height", "width"), sides, strict=True)]
+    if processor.keep_aspect_ratio:
+        scales = [min(scales, key=lambda scale: abs(1 - scale))] * 2
+    multiple = processor.ensure_multiple_of
+    return [max(1, round(scale * side / multiple)) * multiple for scale, side in zip(scales, sides, strict=True)]
+
+
+@functools.lru_cache(maxsize=2)
+def _load(name: str | None, device: torch.device) -> tuple[Any, Any]:
+    """The depth model, frozen and on ``device``, and its image processor.
+
+    Raises:
+        ConditionError: If either cannot be loaded, or the model is of an unknown type.
+    """
+    path = DEFAULT_MODEL if name is None else name
+    try:
+        from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+
+        processor = AutoImageProcessor.from_pretrained(path, local_files_only=name is None)  # type: ignore[no-untyped-call]
+        model = AutoModelForDepthEstimation.from_pretrained(path, local_files_only=name is None)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConditionError(
+            f"The depth model {path!r} cannot be loaded ({' '.join(str(error).split())}). Pass model=FOLDER or "
+            f"model=HUB_ID; without a network, run `hf download {DEFAULT_MODEL}` elsewhere and pass that folder."
+        ) from error
+    if model.config.model_type not in MODEL_TYPES:
+        raise ConditionError(
+            f"The depth model {path!r} is of type {model.config.model_type!r}; expected {' or '.join(MODEL_TYPES)}."
+        )
+    return model.to(device).eval().requires_grad_(False), processor

@@ -1,0 +1,1 @@
+"""How faithfully pictures and engines follow the control."""
