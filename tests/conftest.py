@@ -1,0 +1,56 @@
+"""Fixtures that the tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+import icexport
+from tests.tiny_models import save_tiny_model
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one of the test processes makes and all of them use."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, ready = root / name, root / f"{name}.ready"
+    with FileLock(root / f"{name}.making"):
+        if not ready.exists():
+            make(folder)
+            ready.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a complete model; do not write into it."""
+    return once(tmp_path_factory, "tiny-model", save_tiny_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Bundle of `tiny_model` for both backends, 16 x 16 px, up to 4 pictures; do not write into it."""
+    backends = ["onnxruntime", "torch"]
+    return once(
+        tmp_path_factory,
+        "tiny-bundle",
+        lambda folder: icexport.build("canny", model=str(tiny_model), backend=backends, output=folder),
+    )
+
+
+@pytest.fixture(scope="session")
+def dynamic_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Bundle of `tiny_model` without a probe, 16 to 32 px high and wide; do not write into it."""
+    sizes = {"height": "16:16:32", "width": "16:16:32"}
+    return once(
+        tmp_path_factory,
+        "dynamic-bundle",
+        lambda folder: icexport.build(
+            "canny", model=str(tiny_model), probe="none", backend="onnxruntime", output=folder, **sizes
+        ),
+    )

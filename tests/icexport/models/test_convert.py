@@ -1,0 +1,522 @@
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import logging
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ControlNetModel
+from safetensors import safe_open
+from torch import Tensor
+
+from icexport.errors import CheckpointError, UsageError
+from icexport.models.convert import ConvertReport, convert
+from icexport.models.probe import InnerControlProbe
+
+SD15_ATTN = [1280] * 3 + [640] * 3 + [320] * 3
+SMALL = [48, 48, 32]
+TIME = 24
+Payload = dict[str, Any]
+
+
+def official_state(
+    dims: list[int], projection: int, time: int, sequential: bool = False, out_channels: int = 3
+) -> dict[str, Tensor]:
+    """Tensors under the documented names of the official align model."""
+    width = projection // 4
+    shapes: dict[str, tuple[int, ...]] = {"mixing_weights": (len(dims),)}
+    for index, dim in enumerate(dims):
+        prefix = f"bottleneck_layers.{index}." + ("0." if sequential else "")
+        convolutions = {
+            "shortcut": (projection, dim, 1, 1),
+            "conv1": (width, dim, 1, 1),
+            "conv2": (width, width, 3, 3),
+            "conv3": (projection, width, 1, 1),
+        }
+        for name, shape in convolutions.items():
+            shapes[f"{prefix}{name}.weight"] = shape
+            shapes[f"{prefix}{name}.norm.weight"] = shapes[f"{prefix}{name}.norm.bias"] = shape[:1]
+        shapes[f"{prefix}emb_layers.weight"] = (width, time)
+        shapes[f"{prefix}emb_layers.bias"] = (width,)
+    for index, shape in {0: (128, projection, 3, 3), 2: (32, 128, 3, 3), 4: (out_channels, 32, 1, 1)}.items():
+        shapes[f"output_head.{index}.weight"] = shape
+        shapes[f"output_head.{index}.bias"] = shape[:1]
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+
+
+def payload(sequential: bool = False, out_channels: int = 3) -> Payload:
+    return {
+        "step": 5000,
+        "config": {
+            "projection_dim": 64,
+            "dims": list(SMALL),
+            "save_timestep": [0],
+            "num_timesteps": 1000,
+            "aggregation_kwargs": {
+                "use_output_head": True,
+                "output_head_channels": out_channels,
+                "bottleneck_sequential": sequential,
+                "num_norm_groups": 8,
+            },
+            "dataset_args": {"control_range": [-1, 1]},
+        },
+        "aggregation_network": official_state(SMALL, 64, TIME, sequential, out_channels),
+    }
+
+
+def convert_payload(tmp_path: Path, content: object, **options: Any) -> ConvertReport:
+    torch.save(content, tmp_path / "align.pt")
+    return convert(tmp_path / "align.pt", tmp_path / "probe", **{"cond": "hed", "taps": "attn", **options})
+
+
+def leftovers(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_official_sd15_file(tmp_path: Path) -> None:
+    state = official_state(SD15_ATTN, 384, 1280)
+    assert len(state) == 133
+    assert sum(tensor.numel() for tensor in state.values()) == 5_907_436
+    config = {
+        "projection_dim": 384,
+        "dims": SD15_ATTN,
+        "save_timestep": [0],
+        "num_timesteps": 1000,
+        "aggregation_kwargs": {"use_output_head": True, "output_head_channels": 3, "bottleneck_sequential": False},
+    }
+    torch.save({"config": config, "aggregation_network": state}, tmp_path / "checkpoint_step_5000.pt")
+    report = convert(tmp_path / "checkpoint_step_5000.pt", tmp_path / "out" / "probe", cond="depth", taps="attn")
+    assert (report.kind, report.tensors, report.values) == ("probe", 133, 5_907_436)
+    probe = InnerControlProbe.from_pretrained(tmp_path / "out" / "probe")
+    assert probe.config.dims == tuple(SD15_ATTN)
+    assert (probe.config.condition, probe.config.normaliser, probe.config.tap_kind) == ("depth", "max", "attn")
+    assert (probe.config.time_embed_dim, probe.config.timestep_convention) == (1280, "true")
+    digest = hashlib.sha256((tmp_path / "checkpoint_step_5000.pt").read_bytes()).hexdigest()
+    assert probe.config.provenance == {
+        "source": "checkpoint_step_5000.pt",
+        "source_sha256": digest,
+        "backbone": "SD 1.5",
+    }
+    assert report.source_sha256 == digest
+    back = probe.to_official()
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_missing_control_range_is_assumed_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = payload()
+    del content["config"]["dataset_args"]
+    with caplog.at_level(logging.WARNING, "icexport"):
+        report = convert_payload(tmp_path, content)
+    assert report.config["control_range"] == (-1.0, 1.0)
+    assert len(report.warnings) == 1
+    assert "no control_range: assumed (-1, 1)" in report.warnings[0]
+    assert report.warnings[0] in caplog.text
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, Tensor.half])
+def test_parameters_and_halves_become_plain_float32(tmp_path: Path, kind: Callable[[Tensor], Tensor]) -> None:
+    content = payload()
+    state = {name: kind(tensor) for name, tensor in content["aggregation_network"].items()}
+    convert_payload(tmp_path, {**content, "aggregation_network": state})
+    back = InnerControlProbe.from_pretrained(tmp_path / "probe").to_official()
+    assert all(torch.equal(back[name], tensor.detach().float()) for name, tensor in state.items())
+
+
+def test_control_range_recorded_or_asked(tmp_path: Path) -> None:
+    content = payload()
+    content["config"]["dataset_args"]["control_range"] = [-0.5, 0.5]
+    report = convert_payload(tmp_path, content)
+    assert (report.config["control_range"], report.warnings) == ((-0.5, 0.5), ())
+    report = convert_payload(tmp_path, content, control_range=(-1.0, 1.0), force=True)
+    assert report.config["control_range"] == (-1.0, 1.0)
+    assert "records control_range [-0.5, 0.5]" in report.warnings[0]
+
+
+def test_sequential_is_read_from_the_names(tmp_path: Path) -> None:
+    content = payload(sequential=True)
+    del content["config"]["aggregation_kwargs"]["bottleneck_sequential"]
+    report = convert_payload(tmp_path, content)
+    assert report.config["time_embed_dim"] is None
+    assert report.config["unused_time_embed_dim"] == TIME
+    assert report.config["timestep_convention"] == "none"
+    back = InnerControlProbe.from_pretrained(tmp_path / "probe").to_official()
+    assert back.keys() == content["aggregation_network"].keys()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_sequential_against_the_config(tmp_path: Path, sequential: bool) -> None:
+    content = payload(sequential)
+    content["config"]["aggregation_kwargs"]["bottleneck_sequential"] = not sequential
+    with pytest.raises(
+        CheckpointError, match=f"config says {not sequential}, the names of the weights say {sequential}"
+    ):
+        convert_payload(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("dims", "model_id", "asked", "expected"),
+    [
+        ([1280] * 6 + [640] * 3 + [320] * 3, None, None, ("conv", "SD 1.5")),
+        ([1280] * 3 + [640] * 3, None, None, ("attn", "SDXL")),
+        (SD15_ATTN, "runwayml/stable-diffusion-v1-5", None, ("attn", "SD 1.5")),
+        (SD15_ATTN, "stabilityai/stable-diffusion-xl-base-1.0", None, ("conv", "SDXL")),
+        (SD15_ATTN, "somebody/else", "conv", ("conv", "SDXL")),
+        (SMALL, None, "conv", ("conv", "unknown")),
+    ],
+)
+def test_kind_of_taps(
+    tmp_path: Path, dims: list[int], model_id: str | None, asked: str | None, expected: tuple[str, str]
+) -> None:
+    content = payload()
+    content["config"].update(dims=dims, model_id=model_id)
+    content["aggregation_network"] = official_state(dims, 64, TIME)
+    report = convert_payload(tmp_path, content, taps=asked)
+    assert (report.config["tap_kind"], report.config["provenance"]["backbone"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("dims", "asked", "message"),
+    [
+        (SD15_ATTN, None, "6720: attn taps of SD 1.5 or conv taps of SDXL. Give the kind"),
+        (SMALL, None, "128: no UNet known here. Give the kind"),
+        ([1280] * 3 + [640] * 3, "conv", "5760 are attn taps"),
+    ],
+)
+def test_kind_of_taps_that_must_be_given(tmp_path: Path, dims: list[int], asked: str | None, message: str) -> None:
+    content = payload()
+    content["config"]["dims"] = dims
+    content["aggregation_network"] = official_state(dims, 64, TIME)
+    with pytest.raises(UsageError, match=message):
+        convert_payload(tmp_path, content, taps=asked)
+
+
+def test_all_faults_are_listed_together(tmp_path: Path) -> None:
+    content = payload()
+    state = content["aggregation_network"]
+    state["bottleneck_layers.1.conv2.weight"] = torch.zeros(16, 16, 1, 1)
+    state["bottleneck_layers.0.conv3.norm.bias"][3] = torch.nan
+    state["output_head.2.bias"] = torch.zeros(32, dtype=torch.int64)
+    state["output_head.0.bias"] = "text"
+    state["bottleneck_layers.0.emb_layers.bias"] = torch.zeros(16).to_sparse()
+    state["bottleneck_layers.1.emb_layers.bias"] = torch.zeros(16, device="meta")
+    state["bottleneck_layers.2.emb_layers.bias"] = torch.zeros(16).to(torch.float8_e4m3fn)
+    state["logit_scale"] = torch.zeros(())
+    del state["mixing_weights"]
+    content["config"]["save_timestep"] = [0, 1]
+    with pytest.raises(CheckpointError) as caught:
+        convert_payload(tmp_path, content)
+    message = str(caught.value)
+    assert "align.pt" in message
+    assert "bottleneck_layers.1.conv2.weight: shape [16, 16, 1, 1], expected [16, 16, 3, 3]" in message
+    assert "bottleneck_layers.0.conv3.norm.bias: holds no values, NaN" in message
+    assert "output_head.2.bias: not a dense tensor" in message
+    assert "output_head.0.bias: not a dense tensor" in message
+    assert "bottleneck_layers.0.emb_layers.bias: not a dense tensor" in message
+    assert "bottleneck_layers.1.emb_layers.bias: holds no values" in message
+    assert "bottleneck_layers.2.emb_layers.bias: not a dense tensor" in message
+    assert "logit_scale: unexpected" in message
+    assert "mixing_weights: missing, expected [3]" in message
+    assert "save_timestep: got [0, 1]" in message
+    assert leftovers(tmp_path) == ["align.pt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dims": []}, "dims: got"),
+        ({"dims": [48, -1, 32]}, "dims: got"),
+        ({"dims": "many"}, "dims: got 'many'"),
+        ({"dims": None}, "dims: got None"),
+        ({"dims": [48, 32]}, "dims: 2 taps, but the weights hold bottlenecks for 3"),
+        ({"dims": [10**30, 48, 32]}, "dims: got"),
+        ({"projection_dim": 66}, "projection_dim: got 66, expected a multiple of 4"),
+        ({"projection_dim": None}, "projection_dim: got None"),
+        ({"dataset_args": {"control_range": [1]}}, "control_range: got"),
+        ({"dataset_args": {"control_range": 1}}, "control_range: got"),
+    ],
+)
+def test_broken_config(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    content = payload()
+    content["config"].update(change)
+    with pytest.raises(CheckpointError, match=message):
+        convert_payload(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {},
+        {"config": {}},
+        {"config": {}, "aggregation_network": [1]},
+        {"config": {}, "aggregation_network": {1: 2}},
+    ],
+)
+def test_other_payloads(tmp_path: Path, content: object) -> None:
+    with pytest.raises(CheckpointError, match=r"align.pt: Not an align model"):
+        convert_payload(tmp_path, content)
+
+
+def test_correspondence_head_is_named(tmp_path: Path) -> None:
+    content = payload()
+    for name in [name for name in content["aggregation_network"] if name.startswith("output_head")]:
+        del content["aggregation_network"][name]
+    with pytest.raises(CheckpointError, match="correspondence or appearance head"):
+        convert_payload(tmp_path, content)
+
+
+def test_pose_head_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="pose-keypoint head"):
+        convert_payload(tmp_path, payload(out_channels=18))
+
+
+class RunsCode:
+    """Creates a file when it is unpickled by an unsafe loader."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, zipped: bool) -> None:
+    marker = tmp_path / "marker"
+    content = {**payload(), "extra": RunsCode(marker)}
+    torch.save(content, tmp_path / "align.pt", _use_new_zipfile_serialization=zipped)
+    torch.load(tmp_path / "align.pt", weights_only=False)  # the file is hostile indeed
+    assert marker.exists()
+    marker.unlink()
+    with pytest.raises(CheckpointError, match=r"asks for [a-z.]*getattr, .*sandbox"):
+        convert(tmp_path / "align.pt", tmp_path / "probe", cond="hed", taps="attn")
+    assert leftovers(tmp_path) == ["align.pt"]
+
+
+def test_refused_container_is_named(tmp_path: Path) -> None:
+    content = payload()
+    content["config"]["extra"] = collections.deque()
+    with pytest.raises(CheckpointError, match=r"asks for collections.deque, "):
+        convert_payload(tmp_path, content)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 5000, -1000, -10])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_file_is_named(tmp_path: Path, zipped: bool, kept: int) -> None:
+    source = tmp_path / "align.pt"
+    torch.save(payload(), source, _use_new_zipfile_serialization=zipped)
+    source.write_bytes(source.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"align.pt is cut short, damaged"):
+        convert(source, tmp_path / "probe", cond="hed", taps="attn")
+    assert leftovers(tmp_path) == ["align.pt"]
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04", b"<html></html>", pickle.dumps({}), b"\x80\x02}q\x00."])
+def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "align.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"align\.pt"):
+        convert(tmp_path / "align.pt", tmp_path / "probe", cond="hed", taps="attn")
+
+
+def test_compressed_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icexport.models.convert._MAX_PROBE_BYTES", 1 << 20)
+    source = tmp_path / "align.pt"
+    with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/0", bytes(2 << 20))
+    assert source.stat().st_size < 1 << 20
+    with pytest.raises(CheckpointError, match="unpacks to 2097152 bytes"):
+        convert(source, tmp_path / "probe", cond="hed")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("align.pt", {"cond": None}, "give one of canny, depth, hed, lineart"),
+        ("align.pt", {"cond": "pose"}, "Unknown condition 'pose'"),
+        ("missing.pt", {}, "does not exist"),
+        ("probe.safetensors", {}, "safetensors already"),
+    ],
+)
+def test_wrong_use(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
+    torch.save(payload(), tmp_path / "align.pt")
+    (tmp_path / "probe.safetensors").touch()
+    with pytest.raises(UsageError, match=message):
+        convert(tmp_path / name, tmp_path / "probe", **{"cond": "hed", "taps": "attn", **options})
+
+
+def test_output_is_replaced_only_when_asked_and_ours(tmp_path: Path) -> None:
+    convert_payload(tmp_path, payload())
+    with pytest.raises(UsageError, match="exists"):
+        convert_payload(tmp_path, payload(), cond="depth")
+    assert InnerControlProbe.from_pretrained(tmp_path / "probe").config.condition == "hed"
+    convert_payload(tmp_path, payload(), cond="depth", force=True)
+    assert InnerControlProbe.from_pretrained(tmp_path / "probe").config.condition == "depth"
+    assert leftovers(tmp_path) == ["align.pt", "probe"]
+    (tmp_path / "probe" / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="not replaced"):
+        convert_payload(tmp_path, payload(), force=True)
+
+
+def test_failed_replacement_keeps_the_old_output(tmp_path: Path) -> None:
+    convert_payload(tmp_path, payload())
+    content = payload()
+    del content["aggregation_network"]["mixing_weights"]
+    with pytest.raises(CheckpointError):
+        convert_payload(tmp_path, content, cond="depth", force=True)
+    assert InnerControlProbe.from_pretrained(tmp_path / "probe").config.condition == "hed"
+
+
+@pytest.fixture
+def controlnet(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = ControlNetModel(
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        conditioning_embedding_out_channels=(8, 8),
+    )
+    model.save_pretrained(tmp_path / "controlnet")
+    return tmp_path / "controlnet"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def to_pickle(folder: Path, name: str) -> dict[str, Tensor]:
+    state = ControlNetModel.from_pretrained(folder).state_dict()
+    torch.save(state, folder / name)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    return state  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "controlnet_state_dict.pt"]
+)
+def test_controlnet_folder(tmp_path: Path, controlnet: Path, name: str) -> None:
+    expected = ControlNetModel.from_pretrained(controlnet).state_dict()
+    if not name.endswith(".safetensors"):
+        to_pickle(controlnet, name)
+    ema = {
+        "decay": 0.9999,
+        "inv_gamma": 1.0,
+        "min_decay": 0.0,
+        "optimization_step": 10000,
+        "power": 0.66,
+        "update_after_step": 0,
+        "use_ema_warmup": False,
+    }
+    edit_config(controlnet, **ema)
+    report = convert(controlnet, tmp_path / "clean", cond="hed")
+    assert (report.kind, report.tensors) == ("controlnet", len(expected))
+    assert report.source_sha256 == hashlib.sha256((controlnet / name).read_bytes()).hexdigest()
+    config = json.loads((tmp_path / "clean" / "config.json").read_text())
+    assert not ema.keys() & config.keys()
+    assert leftovers(tmp_path / "clean") == ["config.json", "diffusion_pytorch_model.safetensors"]
+    loaded = ControlNetModel.from_pretrained(tmp_path / "clean", use_safetensors=True).state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
+    with safe_open(tmp_path / "clean" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.metadata() == {
+            "format": "pt",
+            "source": name,
+            "source_sha256": report.source_sha256,
+            "condition": "hed",
+        }
+
+
+def test_controlnet_tensors_that_share_memory(tmp_path: Path, controlnet: Path) -> None:
+    state = to_pickle(controlnet, "diffusion_pytorch_model.bin")
+    state["mid_block.resnets.0.norm1.weight"] = state["mid_block.resnets.1.norm1.weight"]
+    torch.save(state, controlnet / "diffusion_pytorch_model.bin")
+    assert convert(controlnet, tmp_path / "clean").tensors == len(state)
+
+
+def test_controlnet_weights_without_config(tmp_path: Path, controlnet: Path) -> None:
+    to_pickle(controlnet, "controlnet_state_dict.pt")
+    (controlnet / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config.json.*pass the folder"):
+        convert(controlnet, tmp_path / "clean")
+    with pytest.raises(CheckpointError, match=r"bare ControlNet weights.*folder with the config.json"):
+        convert(controlnet / "controlnet_state_dict.pt", tmp_path / "clean")
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def pickle_code(folder: Path) -> None:
+    remove_weights(folder)
+    torch.save({"a": RunsCode(folder / "marker")}, folder / "diffusion_pytorch_model.bin")
+
+
+def pickle_list(folder: Path) -> None:
+    remove_weights(folder)
+    torch.save([1], folder / "diffusion_pytorch_model.bin")
+
+
+def widen(folder: Path) -> None:
+    edit_config(folder, block_out_channels=[32, 64])
+
+
+def empty_blocks(folder: Path) -> None:
+    edit_config(folder, block_out_channels=[], down_block_types=[])
+
+
+def unet_class(folder: Path) -> None:
+    edit_config(folder, _class_name="UNet2DConditionModel")
+
+
+def garble_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_weights, "has no weights"),
+        (truncate_weights, "diffusion_pytorch_model.safetensors.*cut short"),
+        (pickle_code, "diffusion_pytorch_model.bin asks for [a-z.]*getattr"),
+        (pickle_list, "expected a dict of tensors"),
+        (widen, r"does not fit.*\n  controlnet_down_blocks.3.bias: shape \[32\], expected \[64\]"),
+        (empty_blocks, "config.json does not describe a ControlNet"),
+        (unet_class, "_class_name is 'UNet2DConditionModel'"),
+        (garble_config, "config.json is not JSON"),
+    ],
+)
+def test_damaged_controlnet(tmp_path: Path, controlnet: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(controlnet)
+    with pytest.raises(CheckpointError, match=message):
+        convert(controlnet, tmp_path / "clean")
+    assert not (controlnet / "marker").exists()
+    assert leftovers(tmp_path) == ["controlnet"]
+
+
+def test_folders_with_nothing_to_convert(tmp_path: Path, controlnet: Path) -> None:
+    convert_payload(tmp_path, payload())
+    with pytest.raises(UsageError, match="nothing to convert"):
+        convert(tmp_path / "probe", tmp_path / "clean")
+    with pytest.raises(UsageError, match="belong to an align model"):
+        convert(controlnet, tmp_path / "clean", taps="attn")
+    shutil.rmtree(controlnet)
+    controlnet.mkdir()
+    with pytest.raises(CheckpointError, match=r"no config.json"):
+        convert(controlnet, tmp_path / "clean")
