@@ -1,0 +1,1 @@
+"""The bundle: a folder with a manifest, ONNX graphs, engines and reports, every file hashed."""

@@ -1,0 +1,203 @@
+"""Bundles on disk: opened with checked hashes, written beside their place and moved there in one go."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from icexport.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest
+from icexport.errors import BundleError, DamagedBundleError
+
+logger = logging.getLogger(__name__)
+
+
+class Bundle:
+    """A bundle folder and its manifest.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        BundleError: see ``Manifest.read``. Files are hashed when they are used, not here.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        _recover(self.path.resolve())
+        self.manifest = Manifest.read(self.path)
+
+    def __repr__(self) -> str:
+        condition, key = self.manifest.condition["name"], self.manifest.key[:12]
+        return f"Bundle({str(self.path)!r}, condition={condition!r}, key={key!r})"
+
+    def graph(self, name: str) -> GraphEntry:
+        """The entry of one graph.
+
+        Raises:
+            BundleError: the bundle has no such graph; those that it has are listed.
+        """
+        try:
+            return self.manifest.graphs[name]
+        except KeyError as error:
+            raise BundleError(
+                f"{self.path} has no graph {name!r}; it has {', '.join(self.manifest.graphs)}."
+            ) from error
+
+    def file(self, name: str) -> Path:
+        """Path of one file, after checking its hash.
+
+        Raises:
+            DamagedBundleError: the file is missing or was changed.
+        """
+        self.verify([name])
+        return self.path / name
+
+    def onnx(self, graph: str) -> Path:
+        """Path of a graph's ONNX file, after checking its hash and that of its weights."""
+        file = self.graph(graph).file
+        self.verify(f for f in self.manifest.files if f == file or f == f"{file}.data")
+        return self.path / file
+
+    def folder(self, name: str) -> Path:
+        """Path of a folder (``tokenizer``, ``scheduler``), after checking every file in it.
+
+        Raises:
+            DamagedBundleError: a file is missing, was changed, or was added: libraries read all that they find.
+        """
+        folder = self.path / name
+        found = {
+            p.relative_to(self.path).as_posix()
+            for p in folder.rglob("*")
+            if p.is_file() and not p.name.startswith(".")
+        }
+        self.verify(found | {f for f in self.manifest.files if f.startswith(f"{name}/")})
+        return folder
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Hash files and compare with the manifest; all of them if no names are given.
+
+        Raises:
+            DamagedBundleError: listing every file that is missing, was changed, or has no hash.
+        """
+        problems = []
+        for name in sorted(self.manifest.files if names is None else names):
+            if name not in self.manifest.files:
+                problems.append(f"{name} was added")
+                continue
+            try:
+                if sha256(self.path / name) != self.manifest.files[name]:
+                    problems.append(f"{name} was changed")
+            except OSError as error:
+                problems.append(f"{name} cannot be read ({error.strerror or error})")
+        if problems:
+            raise DamagedBundleError(f"The bundle {self.path} is damaged: {'; '.join(problems)}. Build it again.")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file.fileno())
+        )
+
+
+def _digest(descriptor: int) -> str:
+    found = hashlib.sha256()
+    while chunk := os.read(descriptor, 1 << 20):
+        found.update(chunk)
+    return found.hexdigest()
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below ``folder`` but the manifest, by POSIX path."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
+    return {p.relative_to(folder).as_posix(): sha256(p) for p in paths}
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[Path]:
+    """A temporary folder beside ``output`` that becomes ``output`` if the block ends well.
+
+    Whatever goes wrong in the block, Ctrl-C and a full disk included, an existing bundle stays as it was.
+
+    Raises:
+        BundleError: another build is writing there, the folder holds something that is no bundle, or the disk refuses.
+    """
+    output = output.resolve()  # a link stays a link: what it points to is replaced
+    if output.exists() and not (output / MANIFEST_NAME).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise BundleError(f"{output} exists and is not a bundle: choose another --output, or remove it yourself.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(_lock(output), timeout=0):
+            _restore(output)
+            _sweep(output)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+            try:
+                yield temporary
+                _swap(temporary, output)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except Timeout as error:
+        raise BundleError(
+            f"Another build is writing {output} at this moment. Wait for it, or choose another --output."
+        ) from error
+    except OSError as error:
+        raise BundleError(
+            f"Could not build {output}: {error}. Nothing was changed; an earlier bundle is untouched."
+        ) from error
+
+
+def _lock(output: Path) -> Path:
+    return output.parent / f".{output.name}.lock"
+
+
+def _backup(output: Path) -> Path:
+    return output.parent / f".{output.name}.old"
+
+
+def _swap(temporary: Path, output: Path) -> None:
+    temporary.chmod(0o755)  # mkdtemp makes it private
+    try:
+        if output.exists():
+            output.rename(_backup(output))
+        temporary.rename(output)
+    except BaseException:
+        _restore(output)
+        raise
+    shutil.rmtree(_backup(output), ignore_errors=True)
+
+
+def _recover(output: Path) -> None:
+    """`_restore`, unless a build is alive: then the bundle is only missing between the two renames of its swap."""
+    if not output.exists() and _backup(output).is_dir():
+        try:
+            with FileLock(_lock(output), timeout=1):
+                _restore(output)
+        except OSError:  # the lock is held, or the disk is read-only: reading the manifest says what is missing
+            logger.debug("Could not restore %s", output, exc_info=True)
+
+
+def _restore(output: Path) -> None:
+    """Bring an earlier bundle back if a build was killed between the two renames of its swap; needs the lock."""
+    if not output.exists() and _backup(output).is_dir():
+        logger.warning("%s: an earlier build was killed at its last step; its bundle is restored", output)
+        _backup(output).rename(output)
+
+
+def _sweep(output: Path) -> None:
+    """Remove what killed builds left behind; whoever holds the lock is the only build alive."""
+    name = re.compile(rf"\.{re.escape(output.name)}\.(old|[a-z0-9_]{{8}}\.tmp)")
+    for path in output.parent.iterdir():
+        if name.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)

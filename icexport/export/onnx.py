@@ -1,0 +1,114 @@
+"""One graph to one ONNX file: the dynamo exporter, external data, and a file that is the same every time."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.export import Dim
+
+from engines.base import TensorSpec
+from icexport.errors import ExportError
+from icexport.export import DEFAULT_OPSET
+from icexport.export.profile import SizeRange
+from icexport.models.graphs import Graph
+
+logger = logging.getLogger(__name__)
+
+
+_SHAPE = re.compile(r"(?:(\d+)\*)?([a-z_]\w*)")
+_TRACE_KEYS = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.torch.export.graph_signature")
+
+
+def size_of(dimension: int | str, symbols: Mapping[str, int]) -> int:
+    """The value of one dimension of a ``TensorSpec``: ``"4*h"`` with ``{"h": 16}`` is 64."""
+    if isinstance(dimension, int):
+        return dimension
+    match = _SHAPE.fullmatch(dimension)
+    if not match:
+        raise ValueError(f"not a dimension: {dimension!r}")
+    return int(match[1] or 1) * symbols[match[2]]
+
+
+def example_inputs(
+    specs: tuple[TensorSpec, ...], symbols: Mapping[str, int], seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Seeded inputs of the given sizes: standard normal floats, small integers, timestep 500."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {}
+    for spec in specs:
+        shape = tuple(size_of(d, symbols) for d in spec.shape)
+        if spec.name == "timestep":
+            inputs[spec.name] = torch.tensor(500.0, dtype=spec.dtype)
+        elif spec.dtype == torch.int64:
+            inputs[spec.name] = torch.randint(0, 2 if shape == () else 100, shape, generator=generator)
+        else:
+            inputs[spec.name] = torch.randn(shape, generator=generator).to(spec.dtype)
+    return inputs
+
+
+def export_graph(graph: Graph, path: Path, symbols: Mapping[str, SizeRange], opset: int = DEFAULT_OPSET) -> None:
+    """Trace ``graph`` and write ``path`` with its weights in ``<path>.data``.
+
+    Args:
+        graph: the module, already in the precision that the file shall have.
+        path: ``….onnx``; its folder exists.
+        symbols: range of every symbol in the graph's shapes; a symbol with a fixed size is baked in.
+        opset: ONNX opset, one of ``OPSETS``.
+
+    Raises:
+        ExportError: torch could not trace the module; the graph and torch's own message are named.
+    """
+    # Sizes 0 and 1 are special to torch.export, which would bake them in: trace a dynamic axis at 2 or more.
+    trace_at = {n: r.opt if r.fixed else min(max(r.opt, 2), r.max) for n, r in symbols.items()}
+    inputs = example_inputs(graph.inputs, trace_at)
+    dims = {n: Dim(n, min=r.min, max=r.max) for n, r in symbols.items() if not r.fixed}
+    dynamic = [_dynamic_shape(spec, dims) for spec in graph.inputs]
+    # Residuals and taps come in as *args, which torch.export describes as one nested tuple.
+    signature = graph.module.forward.__code__
+    named = signature.co_argcount - 1
+    shapes = (*dynamic[:named], tuple(dynamic[named:])) if len(dynamic) > named else tuple(dynamic)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about hooks' attributes and about torchvision, which is not needed
+            program = torch.onnx.export(
+                graph.module.eval(),
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[s.name for s in graph.inputs],
+                output_names=[s.name for s in graph.outputs],
+                dynamic_shapes=shapes if dims else None,
+                external_data=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"The graph {graph.name!r} could not be exported at opset {opset}: {error}") from error
+    if program is None:
+        raise ExportError(f"torch returned no program for the graph {graph.name!r}.")
+    _forget_origin(program.model)
+    program.save(path, external_data=True)
+
+
+def _dynamic_shape(spec: TensorSpec, dims: Mapping[str, object]) -> dict[int, object]:
+    found = {}
+    for axis, dimension in enumerate(spec.shape):
+        match = _SHAPE.fullmatch(dimension) if isinstance(dimension, str) else None
+        if match and match[2] in dims:
+            found[axis] = int(match[1]) * dims[match[2]] if match[1] else dims[match[2]]  # type: ignore[operator]
+    return found
+
+
+def _forget_origin(model: object) -> None:
+    """Drop the stack traces that torch writes into every node: they name this machine's paths and change the hash."""
+    for graph in (model.graph, *(f for f in model.functions.values())):  # type: ignore[attr-defined]
+        for node in graph:
+            for key in _TRACE_KEYS:
+                node.metadata_props.pop(key, None)
+    for key in _TRACE_KEYS:
+        model.metadata_props.pop(key, None)  # type: ignore[attr-defined]
+        model.graph.metadata_props.pop(key, None)  # type: ignore[attr-defined]

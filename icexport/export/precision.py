@@ -1,0 +1,66 @@
+"""Precision belongs to the export: which dtypes a graph has, which parts stay float32, and proof from the file.
+
+TensorRT 11 and TensorRT-RTX have no precision flags, so the ONNX file decides. ``fp16`` means weights and activations
+in float16, except for the islands below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import torch
+
+from icexport.errors import ExportError, UsageError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+FP32_ISLANDS = {
+    "timestep sinusoids": "float16 cannot hold 999 times the smallest frequency exactly enough; cast after them",
+    "normalisation statistics": "sums of squares overflow float16; GroupNormalization and LayerNormalization keep "
+    "stash_type 1 (float32) and every engine honours it",
+}
+"""Parts of an fp16 graph that compute in float32, each with its reason."""
+
+_FLOATS = ("bfloat16", "double", "float", "float16")
+_ONNX_FLOATS = {"fp32": "float", "fp16": "float16"}
+_ISLAND_ELEMENTS = 4096
+"""A constant of another float type above this size is a weight that was left behind, not an island's table."""
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of ``fp32`` or ``fp16``.
+
+    Raises:
+        UsageError: another name.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose {' or '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def read_precision(path: Path, dtype: str) -> dict[str, int]:
+    """Number of weights of each element type in an ONNX file, after checking them against ``dtype``.
+
+    Raises:
+        ExportError: the file holds weights of another float type, or normalises with float16 statistics.
+    """
+    model = onnx.load(path, load_external_data=False)
+    counts: Counter[str] = Counter()
+    strays = []
+    for tensor in model.graph.initializer:
+        name = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+        elements = math.prod(tensor.dims)
+        counts[name] += elements
+        if name in _FLOATS and name != _ONNX_FLOATS[dtype] and elements > _ISLAND_ELEMENTS:
+            strays.append(f"{tensor.name} ({name}, {elements} elements)")
+    for node in model.graph.node:
+        if node.op_type in ("GroupNormalization", "LayerNormalization"):
+            stash = next((a.i for a in node.attribute if a.name == "stash_type"), 1)
+            if stash != onnx.TensorProto.FLOAT:
+                strays.append(f"{node.name}: {node.op_type} keeps statistics in type {stash}")
+    if strays:
+        raise ExportError(f"{path.name} is not the {dtype} graph that was asked for: {'; '.join(strays)}.")
+    return dict(sorted(counts.items()))

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engines.base import TensorSpec
+from icexport.bundle.engines import specs
+from icexport.bundle.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    EngineEntry,
+    GraphEntry,
+    Manifest,
+    describe,
+    digest,
+    engine_key,
+)
+from icexport.errors import BundleError, DamagedBundleError, SchemaError
+from icexport.export.profile import Profile, SizeRange
+
+PROFILE = Profile(SizeRange(1, 1, 4), SizeRange(64, 64, 64), SizeRange(64, 96, 128))
+
+
+def make(**changes: Any) -> Manifest:
+    values: dict[str, Any] = {
+        "key": "k",
+        "condition": {"name": "canny"},
+        "source": {"model": "m"},
+        "dtype": "fp32",
+        "opset": 21,
+        "profile": PROFILE,
+        "graphs": {"unet": GraphEntry("graphs/unet.onnx", [{"name": "x"}], [{"name": "y"}], {"float": 3})},
+        "configs": {"unet": {"in_channels": 4}},
+        "engines": {"abc": EngineEntry("unet", "torch", "2", ["engines/abc/config.json"])},
+        "files": {"graphs/unet.onnx": "0" * 64, "engines/abc/config.json": "1" * 64},
+        "tolerances": {"cosine": 0.999},
+        "parity": {},
+        "versions": {"icexport": "0"},
+    }
+    return Manifest(**(values | changes))
+
+
+def change(folder: Path, edit: Any) -> None:
+    data = json.loads((folder / MANIFEST_NAME).read_text())
+    edit(data)
+    (folder / MANIFEST_NAME).write_text(json.dumps(data))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    make().write(tmp_path)
+
+    assert Manifest.read(tmp_path) == make()
+
+
+def test_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle: .*icexport build"):
+        Manifest.read(tmp_path)
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Manifest.read(tmp_path / "missing")
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Manifest.read(tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe\x00"])
+def test_not_json(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / MANIFEST_NAME).write_bytes(text)
+
+    with pytest.raises(DamagedBundleError, match=r"icexport\.json is damaged"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 99])
+def test_newer_schema(tmp_path: Path, version: int) -> None:
+    make(schema_version=version).write(tmp_path)
+
+    with pytest.raises(SchemaError, match=f"schema version {version}; .* up to {SCHEMA_VERSION}.* Upgrade"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("data", [[], "text", {}, {"schema_version": "1"}, {"schema_version": True}])
+def test_not_a_manifest(tmp_path: Path, data: object) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(data))
+
+    with pytest.raises(SchemaError, match="schema_version"):
+        Manifest.read(tmp_path)
+
+
+def test_missing_fields_are_all_named(tmp_path: Path) -> None:
+    make().write(tmp_path)
+    change(tmp_path, lambda data: [data.pop("graphs"), data.pop("opset")])
+
+    with pytest.raises(SchemaError, match="lacks: graphs, opset"):
+        Manifest.read(tmp_path)
+
+
+def test_unknown_fields_are_ignored(tmp_path: Path) -> None:
+    make().write(tmp_path)
+    change(tmp_path, lambda data: data.update(note="from a later minor version"))
+
+    assert Manifest.read(tmp_path) == make()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": ["graphs/unet.onnx", "engines/abc/config.json"]},
+        {"files": {1: "x"}, "graphs": [], "engines": {}},
+        {"graphs": {"unet": {"file": "graphs/unet.onnx"}}},
+        {"graphs": {"unet": {"file": 3, "inputs": [], "outputs": [], "dtypes": {}}}},
+        {"profile": {"batch": {"min": 1, "opt": 1, "max": 1}}},
+        {"profile": {axis: {"min": 4, "opt": 1, "max": 1} for axis in ("batch", "height", "width")}},
+        {"profile": {axis: {"min": "a", "opt": "b", "max": "c"} for axis in ("batch", "height", "width")}},
+        {"engines": {"abc": {"graph": "unet"}}},
+    ],
+)
+def test_fields_of_a_wrong_form(tmp_path: Path, changes: dict[str, Any]) -> None:
+    make().write(tmp_path)
+    change(tmp_path, lambda data: data.update(changes))
+
+    with pytest.raises(SchemaError, match="does not follow schema version"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "graphs/../../x", "graphs\\x", "C:/x", "", "graphs/\0x"])
+@pytest.mark.parametrize("where", ["files", "graph", "engine"])
+def test_paths_that_leave_the_folder(tmp_path: Path, path: str, where: str) -> None:
+    make().write(tmp_path)
+
+    def edit(data: dict[str, Any]) -> None:
+        data["files"][path] = "0" * 64
+        if where == "graph":
+            data["graphs"]["unet"]["file"] = path
+        if where == "engine":
+            data["engines"]["abc"]["files"] = [path]
+
+    change(tmp_path, edit)
+
+    with pytest.raises(SchemaError, match="names paths outside the bundle: .*Do not use"):
+        Manifest.read(tmp_path)
+
+
+def test_every_used_file_needs_a_hash(tmp_path: Path) -> None:
+    make(files={}).write(tmp_path)
+
+    with pytest.raises(SchemaError, match=r"without a hash: engines/abc/config\.json, graphs/unet\.onnx"):
+        Manifest.read(tmp_path)
+
+
+def test_specs_survive_the_manifest() -> None:
+    found = TensorSpec("sample", torch.float16, ("batch", 4, "2*h", "w"))
+
+    assert specs([json.loads(json.dumps(describe(found)))]) == (found,)
+
+
+def test_digest_ignores_the_order_of_keys() -> None:
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_engine_key_depends_on_every_part() -> None:
+    parts: dict[str, Any] = {
+        "graph_hash": "g",
+        "weights_hash": "w",
+        "profile": PROFILE,
+        "dtype": "fp32",
+        "backend": "tensorrt",
+        "version": "1",
+        "device": "NVIDIA L4 (8, 9)",
+        "kernels": "",
+    }
+    other_profile = Profile(PROFILE.batch, PROFILE.height, PROFILE.height)
+    keys = {
+        engine_key(**(parts | {name: other_profile if name == "profile" else f"{value}x"}))
+        for name, value in parts.items()
+    }
+
+    assert len(keys | {engine_key(**parts)}) == len(parts) + 1
