@@ -1,0 +1,1 @@
+"""Controlled generation on engines, with a fidelity reading at every step."""

@@ -1,0 +1,182 @@
+"""Engines in the clothes of diffusers' models, so that diffusers' own pipeline can drive them.
+
+The denoising loop, the schedulers' quirks, prompt encoding and callbacks then stay diffusers', which is what makes the
+pipeline a drop-in: same seed, same scheduler, same picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor, nn
+
+from engines.base import Engine
+from icexport.errors import UnsupportedOptionError
+from icexport.models.sizes import residual_channels
+
+
+class EngineModule(nn.Module):
+    """What all stand-ins share: a config, the engine's float dtype and device, and no parameters."""
+
+    def __init__(self, engine: Engine, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.engine = engine
+        self._config = FrozenDict({k: v for k, v in config.items() if not k.startswith("_")})
+
+    @property
+    def config(self) -> FrozenDict:
+        """The model's config."""
+        return self._config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the engine's outputs."""
+        return self.engine.outputs[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine runs."""
+        return self.engine.device
+
+
+class EngineTextEncoder(EngineModule):
+    """``CLIPTextModel`` for ``encode_prompt``."""
+
+    def __init__(self, engine: Engine, config: Mapping[str, Any]) -> None:
+        super().__init__(engine, config)
+        # clip_skip: diffusers takes a hidden state and normalises it itself; the graph has done so already.
+        self.text_model = SimpleNamespace(final_layer_norm=lambda hidden_states: hidden_states)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
+    ) -> tuple[Any, ...]:
+        """``(prompt_embeds [b,S,D],)``, or with hidden states ``(…, states)`` where ``states[-(skip + 1)]`` works.
+
+        Raises:
+            UnsupportedOptionError: the text encoder wants an attention mask.
+        """
+        if attention_mask is not None:
+            raise UnsupportedOptionError(
+                "This text encoder was trained with attention masks (config.use_attention_mask), which the exported "
+                "graph does not take. Pass prompt_embeds instead."
+            )
+        if output_hidden_states:
+            return (None, _HiddenStates(lambda skip: self._encode(input_ids, skip), self._config["num_hidden_layers"]))
+        return (self._encode(input_ids, 0),)
+
+    def _encode(self, input_ids: Tensor, clip_skip: int) -> Tensor:
+        skip = torch.tensor(clip_skip, device=input_ids.device)
+        return self.engine({"input_ids": input_ids, "clip_skip": skip})["prompt_embeds"]
+
+
+class _HiddenStates:
+    """The layers' outputs as diffusers takes them from a tuple: last one at -1, each computed when asked for."""
+
+    def __init__(self, encode: Callable[[int], Tensor], layers: int) -> None:
+        self._encode = encode
+        self._layers = layers
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not -self._layers <= index < 0:
+            raise UnsupportedOptionError(f"clip_skip must be 0 to {self._layers - 1} for this text encoder.")
+        return self._encode(-index - 1)
+
+
+class EngineControlNet(ControlNetModel):  # type: ignore[misc]
+    """A ``ControlNetModel`` without weights: diffusers' pipeline insists on the class.
+
+    Conditioning scale and guess mode become the graph's ``residual_scale`` input.
+    """
+
+    def __init__(self, engine: Engine, config: Mapping[str, Any]) -> None:
+        nn.Module.__init__(self)  # not ControlNetModel's, which would build the network
+        self.register_to_config(**{k: v for k, v in config.items() if not k.startswith("_")})
+        self.engine = engine
+        self._residuals = residual_channels(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the engine's outputs."""
+        return self.engine.outputs[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine runs."""
+        return self.engine.device
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float = 1.0,
+        guess_mode: bool = False,
+        return_dict: bool = False,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Down residuals and the middle one, scaled. A scale of 0 (outside of the guidance window) runs no engine."""
+        batch, _, height, width = sample.shape
+        if conditioning_scale == 0:
+            zeros = [sample.new_zeros(batch, c, height // s, width // s) for c, s in self._residuals]
+            return zeros[:-1], zeros[-1]
+        count = len(self._residuals)
+        # Guess mode, as ControlNetModel.forward has it: from a tenth at the first residual to all at the last.
+        weights = torch.logspace(-1, 0, count) if guess_mode else torch.ones(count)
+        scale = (weights * conditioning_scale).expand(batch, count).to(sample.device, sample.dtype)
+        found = self.engine(
+            {
+                "sample": sample,
+                "timestep": as_timestep(timestep, sample.device),
+                "prompt_embeds": encoder_hidden_states,
+                "control_map": controlnet_cond.to(sample.dtype),
+                "residual_scale": scale,
+            }
+        )
+        *down, mid = found.values()
+        return down, mid
+
+
+class EngineUNet(EngineModule):
+    """``UNet2DConditionModel`` for the denoising loop; hands taps to ``observer`` when there is one."""
+
+    observer: Callable[[Tensor, dict[str, Tensor]], None] | None = None
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        down_block_additional_residuals: Sequence[Tensor],
+        mid_block_additional_residual: Tensor,
+        timestep_cond: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """``(noise_pred,)``. The last three are always None here: the pipeline refuses the options behind them."""
+        time = as_timestep(timestep, sample.device)
+        inputs = {"sample": sample, "timestep": time, "prompt_embeds": encoder_hidden_states}
+        inputs |= {f"down_residual_{i}": r for i, r in enumerate(down_block_additional_residuals)}
+        inputs["mid_residual"] = mid_block_additional_residual
+        found = self.engine(inputs, None if self.observer else ["noise_pred"])
+        if self.observer:
+            self.observer(time, found)
+        return (found["noise_pred"],)
+
+
+class EngineVae(EngineModule):
+    """``AutoencoderKL`` for decoding."""
+
+    def decode(self, latents: Tensor, return_dict: bool = False, generator: Any = None) -> tuple[Tensor]:
+        """``(pixels [b,3,H,W] in [-1,1],)``."""
+        return (self.engine({"latents": latents.to(self.dtype)})["pixels"],)
+
+
+def as_timestep(timestep: Tensor | float, device: torch.device) -> Tensor:
+    """The scalar float32 tensor that the graphs take; schedulers give integers, floats or tensors."""
+    return torch.as_tensor(timestep, dtype=torch.float32, device=device).reshape(())
