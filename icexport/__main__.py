@@ -1,0 +1,7 @@
+"""``python -m icexport``."""
+
+from __future__ import annotations
+
+from icexport.cli.main import main
+
+main()

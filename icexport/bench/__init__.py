@@ -1,0 +1,1 @@
+"""Benchmarks of a bundle, for ``icexport bench`` and for the scripts in ``benchmarks/``."""

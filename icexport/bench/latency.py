@@ -1,0 +1,302 @@
+"""Latency of a bundle beside diffusers: same process, weights, seed and scheduler, rounds interleaved.
+
+Every round runs every provider once, so that a noisy machine is noisy for all of them. Speed stands beside the control
+score and the difference to diffusers' pictures: a fast engine that draws something else is no win.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icexport import conditions
+from icexport.bundle.engines import choose_backend
+from icexport.bundle.store import Bundle
+from icexport.errors import UsageError
+from icexport.fidelity.control import psnr
+from icexport.models.loading import ModelSource
+from icexport.runtime.pipeline import InnerControlPipeline, load_scheduler
+
+BASELINE = "diffusers"
+"""Name of the eager ``StableDiffusionControlNetPipeline``, in float32 or the bundle's float16."""
+
+_PROMPT = "a red apple"
+
+
+@dataclass(frozen=True)
+class ProviderLatency:
+    """What was measured of one provider.
+
+    Attributes:
+        name: ``diffusers`` or a backend.
+        median: seconds for one call (all its pictures).
+        p95: 95th percentile of the same.
+        best: smallest of the same.
+        seconds_per_step: median divided by the steps; includes the share of text encoder and decoder.
+        load_seconds: from files to a pipeline that is ready.
+        memory_mb: growth of the process (CPU) or peak of the device (CUDA) while loading and running, in 10^6 bytes.
+        score: mean control score of the pictures.
+        psnr_db: of the pictures against the baseline's; None for the baseline itself or without one.
+    """
+
+    name: str
+    median: float
+    p95: float
+    best: float
+    seconds_per_step: float
+    load_seconds: float
+    memory_mb: float
+    score: float
+    psnr_db: float | None
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """A table of providers with everything that is needed to repeat it."""
+
+    bundle: str
+    key: str
+    dtype: str
+    condition: str
+    metric: str
+    height: int
+    width: int
+    batch: int
+    steps: int
+    warmup: int
+    iterations: int
+    seed: int
+    device: str
+    scheduler: str
+    machine: dict[str, str]
+    providers: list[ProviderLatency]
+
+    def to_json(self) -> str:
+        """One JSON document."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def to_markdown(self) -> str:
+        """A table with a line on the machine."""
+        base = next((p.median for p in self.providers if p.name == BASELINE), None)
+        lines = [
+            "| provider | median s | p95 s | min s | ms/step | speed-up | load s | memory MB "
+            f"| {self.metric} | PSNR dB |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for p in self.providers:
+            speed = f"{base / p.median:.2f}x" if base else ""
+            same = "" if p.psnr_db is None else f"{p.psnr_db:.1f}"
+            times = f"{p.median:.3f} | {p.p95:.3f} | {p.best:.3f} | {1000 * p.seconds_per_step:.1f} | {speed}"
+            lines.append(f"| {p.name} | {times} | {p.load_seconds:.1f} | {p.memory_mb:.0f} | {p.score:.3f} | {same} |")
+        what = (
+            f"{self.condition}, {self.dtype}, {self.batch} x {self.height} x {self.width} px, {self.steps} steps of "
+            f"{self.scheduler}, {self.iterations} rounds after {self.warmup} of warm-up, on {self.device}"
+        )
+        machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
+        return "\n".join([*lines, "", f"{what}. {machine}."]) + "\n"
+
+    def plot(self, path: Path) -> None:
+        """A bar chart of the medians with their range.
+
+        Raises:
+            UsageError: matplotlib is missing.
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise UsageError("The plot needs matplotlib: pip install 'icexport[report]'") from error
+        figure, axis = plt.subplots(figsize=(6, 0.6 * len(self.providers) + 1.2))
+        names = [p.name for p in self.providers][::-1]
+        medians = [p.median for p in self.providers][::-1]
+        spread = [
+            [p.median - p.best for p in self.providers][::-1],
+            [max(0.0, p.p95 - p.median) for p in self.providers][::-1],
+        ]
+        axis.barh(names, medians, xerr=spread, color="#4878a8", error_kw={"elinewidth": 1, "capsize": 3})
+        axis.set_xlabel(f"seconds for {self.steps} steps: median, min to p95")
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+    def save(self, output: Path) -> list[Path]:
+        """Write ``<output>.json``, ``.md`` and ``.png``; returns their paths."""
+        output.parent.mkdir(parents=True, exist_ok=True)
+        paths = [output.with_name(f"{output.name}.{suffix}") for suffix in ("json", "md", "png")]
+        paths[0].write_text(self.to_json(), encoding="utf-8")
+        paths[1].write_text(self.to_markdown(), encoding="utf-8")
+        self.plot(paths[2])
+        return paths
+
+
+def run_latency(
+    bundle: Bundle | str | Path,
+    *,
+    backends: Sequence[str] | None = None,
+    steps: int = 20,
+    warmup: int = 1,
+    iterations: int = 5,
+    batch: int = 1,
+    seed: int = 0,
+    device: str = "cpu",
+    baseline: bool = True,
+    progress: Callable[[str], None] = lambda _step: None,
+) -> LatencyReport:
+    """Measure whole calls, prompt to pictures, guidance 7.5, no fidelity check inside the clock.
+
+    Args:
+        bundle: a bundle or its folder.
+        backends: which; default: all that the bundle was built for.
+        steps: denoising steps.
+        warmup: rounds that do not count.
+        iterations: rounds that count.
+        batch: pictures per call.
+        seed: of the noise.
+        device: ``cpu``, ``cuda`` or ``cuda:<i>``.
+        baseline: also run diffusers eager on the model that the bundle was made from.
+        progress: called with a short text when a part begins.
+
+    Raises:
+        UsageError: counts below 1, or a batch outside the profile.
+        BundleError: the bundle cannot be used, or was not built for a backend.
+        CheckpointError: the model that the bundle was made from is not there any more (for the baseline).
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    manifest = bundle.manifest
+    if min(steps, iterations, batch) < 1 or warmup < 0:
+        raise UsageError("steps, iterations and batch must be at least 1, warmup at least 0.")
+    if batch not in manifest.profile.batch:
+        raise UsageError(f"batch {batch}: the bundle takes {manifest.profile.batch} pictures per call.")
+    built = dict.fromkeys(e.backend for e in manifest.engines.values())
+    names = [choose_backend(bundle, name, device) for name in backends or built]
+    height, width = manifest.profile.height.opt, manifest.profile.width.opt
+    control = _test_map(batch, height, width)
+    pipes: dict[str, Any] = {}
+    loading: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    pictures: dict[str, Tensor] = {}
+
+    def call(name: str) -> Tensor:
+        options = {} if name == BASELINE else {"check_fidelity": False}
+        images: Tensor = pipes[name](
+            [_PROMPT] * batch,
+            image=control,
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(batch)],
+            output_type="pt",
+            **options,
+        ).images
+        return images.float().cpu()
+
+    for name in [BASELINE, *names] if baseline else names:
+        progress(f"load {name}")
+        gc.collect()
+        before, started = _memory(device), time.perf_counter()
+        if name == BASELINE:
+            pipes[name] = _diffusers(bundle, device)
+        else:
+            pipes[name] = InnerControlPipeline.from_pretrained(bundle, backend=name, device=device)
+        loading[name] = time.perf_counter() - started
+        pipes[name].set_progress_bar_config(disable=True)
+        pictures[name] = call(name)
+        memory[name] = _memory(device) - before
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    for turn in range(warmup + iterations):
+        progress(f"round {turn + 1} of {warmup + iterations}")
+        for name in pipes:
+            started = time.perf_counter()
+            call(name)  # ends with a copy to the host, which waits for the device
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    condition = conditions.get(manifest.condition["name"])
+    providers = []
+    for name, times in seconds.items():
+        ordered = sorted(times)
+        same = psnr(pictures[name], pictures[BASELINE]) if baseline and name != BASELINE else None
+        providers.append(
+            ProviderLatency(
+                name=name,
+                median=statistics.median(times),
+                p95=ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))],
+                best=ordered[0],
+                seconds_per_step=statistics.median(times) / steps,
+                load_seconds=loading[name],
+                memory_mb=memory[name] / 1e6,
+                score=float(condition.score(pictures[name], control).mean()),
+                psnr_db=None if same is None else float(same.mean()),
+            )
+        )
+    scheduler = type(next(iter(pipes.values())).scheduler).__name__
+    return LatencyReport(
+        str(bundle.path), manifest.key, manifest.dtype, condition.name, condition.metric, height, width, batch, steps,
+        warmup, iterations, seed, device, scheduler, machine(device), providers,
+    )  # fmt: skip
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """Processor or GPU, cores and the versions that matter."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = models[0] if models else cpu
+    found = {
+        "CPU": cpu,
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+    }
+    if device.startswith("cuda"):
+        found["GPU"] = torch.cuda.get_device_name(device)
+    return found | {name: metadata.version(name) for name in ("torch", "diffusers", "onnxruntime")}
+
+
+def _diffusers(bundle: Bundle, device: str) -> Any:
+    """Diffusers' own pipeline on the same weights, in the bundle's precision."""
+    from diffusers import StableDiffusionControlNetPipeline
+
+    from icexport.export.precision import torch_dtype
+
+    recorded, dtype = bundle.manifest.source, torch_dtype(bundle.manifest.dtype)
+    source = ModelSource.find(
+        bundle.manifest.condition["name"], recorded["model"], recorded["controlnet"], recorded["probe"]
+    )
+    return StableDiffusionControlNetPipeline(
+        vae=source.vae(dtype),
+        text_encoder=source.text_encoder(dtype),
+        tokenizer=source.tokenizer(),
+        unet=source.unet(dtype),
+        controlnet=source.controlnet_model(dtype),
+        scheduler=load_scheduler(bundle),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(device)
+
+
+def _test_map(batch: int, height: int, width: int) -> Tensor:
+    """A ring of edges, ``[batch,3,H,W]``: something that can be followed at any size."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    ring = ((x.square() + y.square()).sqrt() - 0.7).abs() < 2.0 / max(height, width)
+    return ring.float().expand(batch, 3, -1, -1).contiguous()
+
+
+def _memory(device: str) -> float:
+    """Bytes in use: the device's peak on CUDA, this process's resident size elsewhere."""
+    if device.startswith("cuda"):
+        peak = float(torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    statm = Path("/proc/self/statm")
+    return float(int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")) if statm.exists() else 0.0

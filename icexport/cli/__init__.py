@@ -1,0 +1,1 @@
+"""The command line. Importing it loads no torch: commands import what they need when they run."""

@@ -1,0 +1,151 @@
+"""``icexport build`` and ``icexport export``: from a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from icexport.cli.console import Steps, emit, show
+from icexport.cli.options import Backends, Json
+from icexport.cli.summary import graph_rows, parity_rows
+from icexport.errors import UsageError
+
+_Cond = Annotated[
+    list[str],
+    typer.Option("--cond", metavar="NAME", help="canny, hed, lineart or depth. Repeatable: a bundle for each."),
+]
+_Model = Annotated[
+    str, typer.Option("--model", metavar="reference|DIR|HUB_ID", help="Base model; 'reference' is the embedded one.")
+]
+_ControlNet = Annotated[
+    str | None,
+    typer.Option(
+        "--controlnet", metavar="DIR|HUB_ID", help="ControlNet.  [default: controlnet-<cond> in the model's folder]"
+    ),
+]
+_Probe = Annotated[
+    str | None,
+    typer.Option(
+        "--probe", metavar="DIR|HUB_ID|none", help="Probe, or none.  [default: probe-<cond> in the model's folder]"
+    ),
+]
+_Dtype = Annotated[Literal["fp32", "fp16"], typer.Option("--dtype", help="Precision of the graphs.")]
+_Height = Annotated[
+    str | None,
+    typer.Option("--height", metavar="PX", help="Pixels, or min:opt:max.  [default: the model's own size]"),
+]
+_Width = Annotated[str | None, typer.Option("--width", metavar="PX", help="As --height.")]
+_BatchSize = Annotated[str, typer.Option("--batch-size", metavar="N", help="Pictures in one call, or min:opt:max.")]
+_Opset = Annotated[int, typer.Option("--opset", help="ONNX opset, 18 to 23.")]
+_Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        metavar="DIR",
+        file_okay=False,
+        help="The bundle's folder; for several conditions, the folder of their bundles.  [default: builds/<cond>]",
+    ),
+]
+_ExportOutput = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="DIR", file_okay=False, help="As build's.  [default: exports/<cond>]"),
+]
+_Force = Annotated[bool, typer.Option("--force", help="Build even if an identical bundle is there.")]
+
+
+def build(
+    cond: _Cond,
+    model: _Model = "reference",
+    controlnet: _ControlNet = None,
+    probe: _Probe = None,
+    backend: Backends = None,
+    dtype: _Dtype = "fp32",
+    height: _Height = None,
+    width: _Width = None,
+    batch_size: _BatchSize = "1:1:4",
+    opset: _Opset = 21,
+    output: _Output = None,
+    force: _Force = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a model into a checked bundle.
+
+    Exports every part to ONNX, compares every engine with PyTorch, and stores all of it. An identical bundle is kept.
+    """
+    options = {"model": model, "controlnet": controlnet, "probe": probe, "backend": backend or "auto", "dtype": dtype}
+    sizes = {"height": height, "width": width, "batch_size": batch_size, "opset": opset}
+    _build(cond, output, Path("builds"), as_json, **options, **sizes, force=force, verify=not no_verify)
+
+
+def export(
+    cond: _Cond,
+    model: _Model = "reference",
+    controlnet: _ControlNet = None,
+    probe: _Probe = None,
+    dtype: _Dtype = "fp32",
+    height: _Height = None,
+    width: _Width = None,
+    batch_size: _BatchSize = "1:1:4",
+    opset: _Opset = 21,
+    output: _ExportOutput = None,
+    force: _Force = False,
+    as_json: Json = False,
+) -> None:
+    """Only write the ONNX graphs.
+
+    The first half of build, without its parity gate.
+    """
+    options = {"model": model, "controlnet": controlnet, "probe": probe, "backend": "onnxruntime", "dtype": dtype}
+    sizes = {"height": height, "width": width, "batch_size": batch_size, "opset": opset}
+    _build(cond, output, Path("exports"), as_json, **options, **sizes, force=force, verify=False)
+
+
+def _build(conds: list[str], output: Path | None, root: Path, as_json: bool, **options: Any) -> None:
+    from icexport import builder
+
+    conds = list(dict.fromkeys(conds))
+    if len(conds) > 1:
+        _check_several(conds, options)
+    documents = []
+    for cond in conds:
+        folder = (output or root) / cond if len(conds) > 1 or output is None else output
+        started = time.perf_counter()
+        with Steps() as steps:
+            bundle = builder.build(cond, output=folder, progress=steps, **options)
+        document = {
+            "bundle": str(bundle.path),
+            "condition": cond,
+            "key": bundle.manifest.key,
+            "cached": steps.begun == 0,
+            "seconds": round(time.perf_counter() - started, 2),
+            "graphs": graph_rows(bundle),
+            "parity": parity_rows(bundle.manifest.parity),
+        }
+        documents.append(document)
+        if not as_json:
+            _print(document)
+    if as_json:
+        emit({"bundles": documents})
+
+
+def _check_several(conds: list[str], options: dict[str, Any]) -> None:
+    """Refuse what would fail after the first of several bundles, or make all of them from one condition's weights."""
+    from icexport import conditions
+
+    for cond in conds:
+        conditions.get(cond)
+    own = [f"--{part}" for part in ("controlnet", "probe") if options[part] not in (None, "none")]
+    if own:
+        raise UsageError(f"{' and '.join(own)} belongs to one condition, got {len(conds)}: build them one by one.")
+
+
+def _print(document: dict[str, Any]) -> None:
+    cached = document["cached"]
+    state = "up to date, nothing was built" if cached else f"built in {document['seconds']:.1f} s"
+    lines = {"bundle": document["bundle"], "state": state, "key": document["key"]}
+    graphs = [{"graph": row["graph"], "MB": row["MB"]} for row in document["graphs"]]
+    show({**lines, "graphs": graphs, "parity": document["parity"] or "not checked"})

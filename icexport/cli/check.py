@@ -1,0 +1,142 @@
+"""``icexport verify`` and ``icexport doctor``: is the bundle right, and is this machine?"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engines import registry
+from icexport.cli.console import Steps, emit, say, show
+from icexport.cli.options import Backends, BundlePath, Json
+from icexport.cli.summary import parity_rows
+from icexport.errors import IcexportError, ParityError
+
+_NEEDED = ("cv2", "diffusers", "huggingface_hub", "numpy", "onnx", "onnxruntime", "onnxscript", "PIL", "torch")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "huggingface_hub",
+    "safetensors",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "triton",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "opencv-python-headless",
+    "numpy",
+    "pillow",
+    "accelerate",
+    "h5py",
+)
+
+
+def verify(
+    bundle: BundlePath,
+    backend: Backends = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="DIR|HUB_ID", help="Base model, if it has moved since the build.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a bundle again.
+
+    Every file against its hash, and every engine against the PyTorch model that the bundle was made from.
+    """
+    from icexport.verification import verify as run
+
+    failure = None
+    with Steps() as steps:
+        try:
+            results = run(str(bundle), backend=backend, model=model, progress=steps)
+        except ParityError as error:
+            failure, results = error, error.results
+    if as_json:
+        emit({"bundle": str(bundle), "passed": failure is None, "parity": results})
+    else:
+        show({"bundle": str(bundle), "passed": failure is None, "parity": parity_rows(results)})
+    if failure is not None:
+        raise failure
+
+
+def doctor(as_json: Json = False) -> None:
+    """Tell what this machine can run.
+
+    What is installed, which devices and backends can be used, and how to fix what cannot.
+    """
+    from icexport import __version__
+    from icexport.reference import reference_path
+
+    backends = _backends()
+    packages = {name: _version(name) for name in _PACKAGES}
+    problems = _problems(backends)
+    document = {
+        "icexport": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} threads",
+        "gpus": _gpus(),
+        "reference_model": (reference_path() / "model_index.json").is_file(),
+        "disk_free_GB": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
+        "packages": packages,
+        "backends": backends,
+        "problems": problems,
+    }
+    if as_json:
+        emit(document)
+    else:
+        show({**document, "packages": {name: found for name, found in packages.items() if found}})
+    if problems:
+        say(f"Error: icexport cannot run here. {' '.join(problems)}")
+        raise typer.Exit(1)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _backends() -> list[dict[str, Any]]:
+    rows = []
+    for name in registry.BACKENDS:
+        found = registry.check(name)
+        row = {"backend": name, "usable": found.usable, "version": found.version, "devices": list(found.devices)}
+        rows.append({**row, "missing": found.reason, "fix": found.fix})
+    return rows
+
+
+def _gpus() -> list[str]:
+    """Names of the CUDA devices that torch sees."""
+    try:
+        import torch
+    except (ImportError, OSError):  # told by _problems
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _problems(backends: list[dict[str, Any]]) -> list[str]:
+    """Everything for which icexport cannot run at all, each with its fix."""
+    from icexport._preflight import check_torchvision
+
+    problems = []
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        problems.append(f"Not installed: {', '.join(missing)}. Run: pip install icexport")
+    try:
+        check_torchvision()
+    except IcexportError as error:
+        problems.append(str(error))
+    if not any(row["usable"] for row in backends):
+        problems.append("No backend is usable; see above for the fix of each.")
+    return problems

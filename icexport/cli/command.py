@@ -1,0 +1,78 @@
+"""What every command shares: logging, and errors that become one clear paragraph and an exit code."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from engines.errors import BackendUnavailableError, EngineError, ShapeError
+from icexport.cli.console import configure, say
+from icexport.errors import FidelityError, IcexportError, ParityError, UnsupportedOptionError, UsageError
+
+FAILED, USAGE, CHECK_FAILED, UNAVAILABLE, BUG, INTERRUPTED = 1, 2, 3, 4, 70, 130
+_CODES: tuple[tuple[type[BaseException], int], ...] = (  # the first that fits counts
+    (KeyboardInterrupt, INTERRUPTED),
+    (BackendUnavailableError, UNAVAILABLE),
+    (ParityError, CHECK_FAILED),
+    (FidelityError, CHECK_FAILED),
+    (UsageError, USAGE),
+    (UnsupportedOptionError, USAGE),
+    (ShapeError, USAGE),
+    (IcexportError, FAILED),
+    (EngineError, FAILED),
+    (OSError, FAILED),
+    (MemoryError, FAILED),
+)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that says what kind of failure ``error`` is."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not to be imported for this
+        return FAILED
+    return next((code for kind, code in _CODES if isinstance(error, kind)), BUG)
+
+
+class Command(TyperCommand):
+    """A command that takes -v and -q after its name, too, and reports errors."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The command's own parameters, and those of the program that may follow its name."""
+        shared = [p for p in ctx.find_root().command.params if p.name in ("verbose", "quiet")]
+        return [*super().get_params(ctx), *shared]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            typer.Exit: with the exit code, after any error.
+        """
+        before, after = ctx.find_root().params, {name: ctx.params.pop(name) for name in ("verbose", "quiet")}
+        verbosity = before["verbose"] + after["verbose"]
+        try:
+            configure(-1 if before["quiet"] or after["quiet"] else verbosity)
+            if self.name != "doctor":  # which reports it as a finding
+                from icexport._preflight import check_torchvision
+
+                check_torchvision()
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            code = exit_code(error)
+            if verbosity > (0 if code == BUG else 1):
+                say("".join(traceback.format_exception(error)).rstrip())
+            say(_message(error, code))
+            raise typer.Exit(code) from error
+
+
+def _message(error: BaseException, code: int) -> str:
+    text = str(error) or type(error).__name__
+    if code == INTERRUPTED:
+        return "Interrupted. Nothing half-written is left; what was there before is untouched."
+    if code == BUG:
+        kind = type(error).__name__
+        return f"A bug of icexport: {kind}: {text}\nPlease report it, with what -v adds and what icexport doctor says."
+    return f"Error: {text}"

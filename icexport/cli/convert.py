@@ -1,0 +1,48 @@
+"""``icexport convert``: official and foreign checkpoints into safetensors folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from icexport.cli.console import emit, show
+from icexport.cli.options import Json
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUT", exists=True, help="An align model (.pt) or a ControlNet folder.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write.", show_default=False)],
+    cond: Annotated[
+        str | None, typer.Option("--cond", metavar="NAME", help="Condition; an align model does not record its own.")
+    ] = None,
+    taps: Annotated[
+        Literal["attn", "conv"] | None,
+        typer.Option("--taps", help="Taps of an align model.  [default: as its layers tell]"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint into safetensors.
+
+    Reads official align models and ControlNet folders; no code inside of them is run.
+    """
+    from icexport.models.convert import convert as run
+
+    report = run(source, output, cond=cond, taps=taps, force=force)
+    document = {
+        "kind": report.kind,
+        "output": str(report.output),
+        "source_sha256": report.source_sha256,
+        "tensors": report.tensors,
+        "parameters": report.values,
+        "warnings": list(report.warnings),
+        "config": dict(report.config),
+    }
+    (emit if as_json else show)(document)

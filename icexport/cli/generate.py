@@ -1,0 +1,167 @@
+"""``icexport generate``: pictures from a bundle, a prompt and a control map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from icexport.cli.console import emit, silence_libraries, table
+from icexport.cli.options import Backend, BundlePath, Device, Json
+from icexport.errors import FidelityError, UsageError
+
+if TYPE_CHECKING:
+    from icexport.bundle.store import Bundle
+    from icexport.runtime.outputs import FidelityReport
+
+_MAX_SEED = 2**63 - 1
+_MAX_PICTURES = 10_000
+
+_Picture = Annotated[
+    Path | None,
+    typer.Option(
+        "--image", metavar="FILE", exists=True, dir_okay=False, help="Picture to extract the control map from."
+    ),
+]
+_ControlMap = Annotated[
+    Path | None,
+    typer.Option("--control-map", metavar="FILE", exists=True, dir_okay=False, help="A ready control map instead."),
+]
+_Threshold = "Canny: {} gradient of an edge, 0 to 1530; with --image only.  [default: {}]"
+_Png = typer.Option("--output", metavar="FILE.png", dir_okay=False, help="Several pictures: -0, -1 ... before .png.")
+
+
+def generate(
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to draw.", show_default=False)],
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What to avoid.")
+    ] = None,
+    image: _Picture = None,
+    control_map: _ControlMap = None,
+    fit: Annotated[
+        Literal["crop", "pad", "stretch"], typer.Option("--fit", help="How the file is brought to the picture's size.")
+    ] = "crop",
+    low_threshold: Annotated[
+        float | None, typer.Option("--low-threshold", help=_Threshold.format("weakest", 60))
+    ] = None,
+    high_threshold: Annotated[
+        float | None, typer.Option("--high-threshold", help=_Threshold.format("surely strong enough", 140))
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")] = 20,
+    guidance_scale: Annotated[
+        float, typer.Option("--guidance-scale", help="Weight of the prompt; 1: no guidance.")
+    ] = 7.5,
+    controlnet_scale: Annotated[
+        float, typer.Option("--controlnet-scale", help="Weight of the control; 0: off.")
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=_MAX_SEED, help="Of the first picture; the next one has the next seed.")
+    ] = 0,
+    num_images: Annotated[int, typer.Option("--num-images", min=1, max=_MAX_PICTURES, help="Number of pictures.")] = 1,
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", metavar="NAME", help="As in diffusers: DDIM, ...  [default: the bundle's]"),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option("--height", min=1, help="Pixels.  [default: the bundle's usual size]")
+    ] = None,
+    width: Annotated[int | None, typer.Option("--width", min=1, help="As --height.")] = None,
+    backend: Backend = "auto",
+    device: Device = "cpu",
+    output: Annotated[Path, _Png] = Path("out.png"),
+    save_control_map: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-control-map", metavar="FILE.png", dir_okay=False, help="Write the control map used, too."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures from a prompt and a control map.
+
+    Tells how well they follow it, too: the score of each, and what the probe read at the first and the last step.
+    """
+    from icexport.bundle.store import Bundle
+
+    source = image or control_map
+    if source is None or (image and control_map):
+        raise UsageError("Give either --image (a picture to extract from) or --control-map (a ready map).")
+    paths = numbered(output, num_images)
+    for path in (save_control_map, output):
+        if path is not None and path.suffix.lower() != ".png":
+            raise UsageError(f"{path}: pictures are written as PNG, which holds the settings, too. Name a .png file.")
+    opened = Bundle(bundle)
+    height, width = _size(opened, height, width)
+    silence_libraries()  # before the next imports, which warn
+    from icexport.cli.draw import batches, control_picture, draw, load
+    from icexport.cli.pictures import save_png
+
+    sizes = batches(opened, num_images)
+    given = {"low_threshold": low_threshold, "high_threshold": high_threshold}
+    thresholds = {name: value for name, value in given.items() if value is not None}
+    control = control_picture(opened, source, image is None, (width, height), fit, thresholds)
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    condition = opened.manifest.condition["name"]
+    if save_control_map is not None:
+        save_control_map.parent.mkdir(parents=True, exist_ok=True)
+        save_png(control, save_control_map, {"condition": condition})
+
+    pipe = load(opened, backend, device, scheduler)
+    pipe.condition = pipe.condition.with_options(**thresholds)  # the score reads pictures as the map was read
+    settings = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt or "",
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "controlnet_scale": controlnet_scale,
+        "scheduler": type(pipe.scheduler).__name__,
+        "height": height,
+        "width": width,
+        "backend": pipe.backend,
+        "condition": condition,
+        "bundle_key": opened.manifest.key,
+    }
+    images, report = draw(pipe, control, seed, sizes, settings)
+    rows = []
+    for i, (path, picture) in enumerate(zip(paths, images, strict=True)):
+        errors = [step.errors[i] for step in report.steps]
+        found = {"seed": seed + i, "score": (report.scores or [])[i], "probe_errors": errors}
+        save_png(picture, path, {**settings, **found, "metric": report.metric, "unit": report.unit})
+        rows.append({"picture": str(path), **found})
+    if as_json:
+        emit({"bundle": str(bundle), "settings": settings, "pictures": rows, "fidelity": report.to_json()})
+    else:
+        _print(rows, report)
+    if not report:
+        raise FidelityError("The pictures or the probe's readings hold NaN or infinite values: do not use them.")
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """``path`` itself for one picture, else ``-0``, ``-1`` ... before its suffix."""
+    return [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+
+
+def _size(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, int]:
+    """Both sizes in pixels, checked before a picture is scaled to them; that they fit the model is checked later."""
+    profile = bundle.manifest.profile
+    wanted = {"height": height or profile.height.opt, "width": width or profile.width.opt}
+    wrong = [
+        f"--{axis} {value}: {bundle.path} takes {getattr(profile, axis)}"
+        for axis, value in wanted.items()
+        if value not in getattr(profile, axis)
+    ]
+    if wrong:
+        raise UsageError(f"{'; '.join(wrong)}. For other sizes, build with --height and --width MIN:OPT:MAX.")
+    return wanted["height"], wanted["width"]
+
+
+def _print(rows: list[dict[str, Any]], report: FidelityReport) -> None:
+    score = f"{report.metric} ({'higher' if report.higher_is_better else 'lower'} is better)"
+    lines = []
+    for row in rows:
+        errors = row["probe_errors"]
+        reading = f"{errors[0]:.4f} -> {errors[-1]:.4f}" if errors else "no probe"
+        lines.append((row["picture"], str(row["seed"]), f"{row['score']:.4f}", reading))
+    table(("picture", "seed", score, "probe error"), lines)

@@ -1,0 +1,48 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engines.registry import BACKENDS
+
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+
+
+def _known(names: list[str]) -> list[str]:
+    if unknown := [name for name in names if name not in ("auto", *BACKENDS)]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: choose from auto, {', '.join(BACKENDS)}.")
+    return names
+
+
+def _backends(names: list[str] | None) -> list[str] | None:
+    return names and _known(names)
+
+
+def _backend(name: str) -> str:
+    return _known([name])[0]
+
+
+def _device(name: str) -> str:
+    if not _DEVICE.fullmatch(name):
+        raise typer.BadParameter(f"{name}: choose cpu, cuda or cuda:N.")
+    return name
+
+
+_BACKEND_NAMES = "; ".join(f"{backend.name}: {backend.summary}" for backend in BACKENDS.values())
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", show_default=False)]
+Backends = Annotated[
+    list[str] | None,
+    typer.Option("--backend", metavar="NAME", callback=_backends, help=f"auto, or: {_BACKEND_NAMES}. Repeatable."),
+]
+Backend = Annotated[
+    str,
+    typer.Option("--backend", metavar="NAME", callback=_backend, help="auto, or one that the bundle is built for."),
+]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", callback=_device, help="cpu, cuda or cuda:N.")]

@@ -1,0 +1,42 @@
+"""A bundle in a few lines: what build, verify and inspect tell of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icexport.bundle.store import Bundle
+
+
+def graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
+    """Name, size in MB with weights, and what the weights are, of each graph."""
+    rows = []
+    for name, entry in bundle.manifest.graphs.items():
+        files = [bundle.path / f for f in bundle.manifest.files if f in (entry.file, f"{entry.file}.data")]
+        size = sum(file.stat().st_size for file in files)
+        inputs, outputs = ([spec["name"] for spec in side] for side in (entry.inputs, entry.outputs))
+        weights = {
+            kind: count for kind, count in entry.dtypes.items() if kind.startswith(("float", "double", "bfloat"))
+        }
+        rows.append({"graph": name, "MB": size / 1e6, "inputs": inputs, "outputs": outputs, "weights": weights})
+    return rows
+
+
+def parity_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The worst output of each graph on each backend, from the results of the parity gate."""
+    rows = []
+    for backend, graphs in results.items():
+        for graph, outputs in graphs.items():
+            name, worst = max(outputs.items(), key=lambda item: (not item[1]["passed"], item[1]["relative_error"]))
+            rows.append(
+                {
+                    "backend": backend,
+                    "graph": graph,
+                    "worst_output": name,
+                    "relative_error": worst["relative_error"],
+                    "allowed_error": worst["allowed_error"],
+                    "cosine": min(output["cosine"] for output in outputs.values()),
+                    "passed": all(output["passed"] for output in outputs.values()),
+                }
+            )
+    return rows

@@ -1,0 +1,171 @@
+"""``icexport inspect``, ``doctor``, ``convert`` and ``train``: what they tell, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icexport.bundle.store import Bundle
+from icexport.cli import check
+from icexport.errors import IcexportError
+from icexport.models.probe import InnerControlProbe
+
+
+def document(icexport: Any, *args: object) -> dict[str, Any]:
+    run = icexport(*args, "--json")
+    assert run.exit_code == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+def test_bundle(icexport, tiny_bundle: Path) -> None:
+    found = document(icexport, "inspect", tiny_bundle)
+    manifest = Bundle(tiny_bundle).manifest
+    assert found["kind"] == "bundle"
+    assert found["intact"] is True
+    assert found["files"] == manifest.files
+    assert found["graphs"]["unet"]["dtypes"] == manifest.graphs["unet"].dtypes
+    run = icexport("inspect", tiny_bundle)
+    for fact in (manifest.key, "onnxruntime", "edge F1", "batch 1:1:4, height 16, width 16", "noise_pred"):
+        assert fact in run.stdout
+
+
+@pytest.mark.parametrize("name", ["graphs/probe.onnx.data", "tokenizer/tokenizer.json"])
+def test_a_damaged_bundle_names_the_file(icexport, tiny_bundle: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    with (folder / name).open("r+b") as file:
+        file.write(b"damage")
+    run = icexport("inspect", folder)
+    assert (run.exit_code, run.stdout) == (1, "")
+    assert f"{name} was changed" in run.stderr
+
+
+def test_model_folder(icexport, tiny_model: Path) -> None:
+    found = document(icexport, "inspect", tiny_model)
+    assert (found["kind"], found["class"]) == ("model", "StableDiffusionPipeline")
+    parts = {part["component"]: part for part in found["components"]}
+    probe = InnerControlProbe.from_pretrained(tiny_model / "probe-canny")
+    assert parts["probe-canny"]["parameters"] == sum(p.numel() for p in probe.parameters())
+    assert parts["unet"]["class"] == "UNet2DConditionModel"
+    assert parts["text_encoder"]["class"] == "CLIPTextModel"
+    assert {dtype for part in parts.values() for dtype in part["dtypes"]} == {"F32"}
+
+
+def test_probe_folder_and_its_weights(icexport, tiny_model: Path) -> None:
+    found = document(icexport, "inspect", tiny_model / "probe-canny")
+    assert (found["kind"], found["config"]["condition"]) == ("probe", "canny")
+    weights = document(icexport, "inspect", tiny_model / "probe-canny" / "probe.safetensors")
+    assert weights["parameters"] == found["components"][0]["parameters"]
+    assert weights["metadata"]["condition"] == "canny"
+    assert sum(group["tensors"] for group in weights["groups"]) == weights["tensors"]
+
+
+def test_onnx_file(icexport, tiny_bundle: Path) -> None:
+    found = document(icexport, "inspect", tiny_bundle / "graphs" / "probe.onnx")
+    entry = Bundle(tiny_bundle).manifest.graphs["probe"]
+    assert [value["name"] for value in found["inputs"]] == [spec["name"] for spec in entry.inputs]
+    assert found["outputs"][0] == {"name": "reading", "dtype": "float", "shape": ["batch", 3, 8, 8]}
+    assert found["opsets"]["ai.onnx"] == 21
+    assert found["data_files"] == ["probe.onnx.data"]
+
+
+def test_pickles_are_named_not_opened(icexport, tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "controlnet"
+    shutil.copytree(tiny_model / "controlnet-canny", folder)
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"anything")
+    assert document(icexport, "inspect", folder)["components"][-1]["class"] == "diffusion_pytorch_model.bin"
+    run = icexport("inspect", folder / "diffusion_pytorch_model.bin")
+    assert run.exit_code == 2
+    assert "icexport convert" in run.stderr
+
+
+def test_damaged_and_unknown_things(icexport, tiny_model: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copyfile(tiny_bundle / "graphs" / "probe.onnx", tmp_path / "alone.onnx")
+    (tmp_path / "cut.onnx").write_bytes((tmp_path / "alone.onnx").read_bytes()[:1000])
+    (tmp_path / "empty.onnx").touch()
+    weights = (tiny_model / "probe-canny" / "probe.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(weights[: len(weights) // 2])
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "config.json").write_text("{")
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "nothing").mkdir()
+    expected = {"alone.onnx": 1, "cut.onnx": 1, "empty.onnx": 1, "cut.safetensors": 1, "part": 1}
+    for name, code in {**expected, "notes.txt": 2, "nothing": 2}.items():
+        run = icexport("inspect", tmp_path / name)
+        assert (name, run.exit_code, run.stdout) == (name, code, "")
+        assert name in run.stderr
+
+
+def test_doctor(icexport) -> None:
+    found = document(icexport, "doctor")
+    assert found["problems"] == []
+    assert {row["backend"] for row in found["backends"]} == {"onnxruntime", "torch"}
+    assert all(row["usable"] for row in found["backends"])
+    assert found["packages"]["torch"]
+    assert found["disk_free_GB"] > 0
+    assert icexport("doctor").exit_code == 0
+
+
+def test_doctor_fails_where_nothing_can_run(icexport, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torchvision() -> None:
+        raise IcexportError("torchvision 9 does not fit. Run: pip uninstall torchvision")
+
+    monkeypatch.setattr("icexport._preflight.check_torchvision", torchvision)
+    monkeypatch.setattr(check, "_NEEDED", ("torch", "no_such_library"))
+    run = icexport("doctor", "--json")
+    assert run.exit_code == 1
+    assert len(json.loads(run.stdout)["problems"]) == 2
+    assert "no_such_library" in run.stderr
+    assert "pip uninstall torchvision" in run.stderr
+
+
+def test_a_broken_installation_is_told_before_the_work(icexport, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    def torchvision() -> None:
+        raise IcexportError("torchvision 9 does not fit. Run: pip uninstall torchvision")
+
+    monkeypatch.setattr("icexport._preflight.check_torchvision", torchvision)
+    run = icexport("inspect", tmp_path)
+    assert (run.exit_code, run.stderr) == (1, "Error: torchvision 9 does not fit. Run: pip uninstall torchvision\n")
+
+
+def test_convert(icexport, tiny_model: Path, tmp_path: Path) -> None:
+    args = ("convert", tiny_model / "controlnet-canny", "--cond", "canny", "--output", tmp_path / "new")
+    found = document(icexport, *args)
+    assert found["kind"] == "controlnet"
+    assert found["config"]["_class_name"] == "ControlNetModel"
+    assert (tmp_path / "new" / "config.json").is_file()
+    again = icexport(*args)
+    assert again.exit_code == 2
+    assert "exists" in again.stderr
+    assert icexport(*args, "--force").exit_code == 0
+    assert icexport(*args, "--force", "--taps", "attn").exit_code == 2
+    assert icexport(*args, "--force", "--taps", "mlp").exit_code == 2
+
+
+def test_train_needs_its_extra(icexport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "training.reference", None)
+    monkeypatch.delattr("training.reference", raising=False)
+    run = icexport("train", "base", "--work", tmp_path / "run")
+    assert run.exit_code == 1
+    assert "icexport[train]" in run.stderr
+
+
+def test_train_base(icexport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+    monkeypatch.setattr("training.reference.train", lambda *args: calls.append(args))
+    monkeypatch.setattr("training.tokenizer.find_bpe_file", lambda: Path("bpe"))
+    assert icexport("train", "base", "--work", tmp_path).exit_code == 0
+    assert [args[:2] for args in calls] == [(tmp_path, tmp_path / "model")]
+    recipe = tmp_path / "recipe.toml"
+    for text in ("[vae", "[vae]\ncolour = 1"):
+        recipe.write_text(text)
+        run = icexport("train", "base", "--work", tmp_path, "--config", recipe)
+        assert run.exit_code == 2, run.stderr
+        assert "recipe.toml is not a recipe" in run.stderr
+    assert len(calls) == 1
