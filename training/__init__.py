@@ -1,0 +1,1 @@
+"""Training of the base model, the probes and the ControlNets. Nothing but ``icexport.cli`` imports it, lazily."""

@@ -1,0 +1,1 @@
+"""Training data: where pictures and captions come from."""
