@@ -76,11 +76,18 @@ def train(work: Path, output: Path, recipe: Path, bpe_file: Path) -> None:
     if rank == 0:
         for name, module in {"vae": vae, "unet": unet, "text_encoder": text_encoder}.items():
             module.half().save_pretrained(output / name)
+        _load_as_float32(output / "text_encoder" / "config.json")
         controlnet.half().save_pretrained(output / "controlnet-canny")
         probe.half().save_pretrained(output / "probe-canny")
         tokens.save_pretrained(output / "tokenizer")
         UniPCMultistepScheduler.from_config(noise_scheduler().config).save_pretrained(output / "scheduler")
         (output / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+
+
+def _load_as_float32(config: Path) -> None:
+    """Transformers loads in the dtype that the config names, diffusers in float32: let a pipeline be of one dtype."""
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def main() -> None:

@@ -1,0 +1,129 @@
+"""The embedded reference model, from build to pictures that follow their control maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from filelock import FileLock
+from PIL import Image, ImageDraw
+
+import icexport
+from icexport.fidelity.control import psnr
+from icexport.runtime.pipeline import scheduler_class
+
+PROMPTS = ("a red heart", "a green tree", "a blue book", "a yellow star")
+
+
+def drawing(index: int) -> Image.Image:
+    """A simple shape on white, drawn large and made small as an icon is."""
+    picture = Image.new("RGB", (256, 256), "white")
+    pen = ImageDraw.Draw(picture)
+    if index == 0:
+        pen.polygon(
+            [(128, 230), (30, 120), (30, 70), (80, 35), (128, 75), (176, 35), (226, 70), (226, 120)], fill="red"
+        )
+    elif index == 1:
+        pen.rectangle((110, 160, 146, 240), fill="brown")
+        pen.polygon([(128, 15), (40, 165), (216, 165)], fill="green")
+    elif index == 2:
+        pen.rectangle((50, 30, 206, 226), fill="blue")
+        pen.rectangle((80, 60, 176, 100), fill="white")
+    else:
+        points = [(128, 15), (158, 95), (245, 98), (176, 150), (200, 235), (128, 185)]
+        pen.polygon([*points, (56, 235), (80, 150), (11, 98), (98, 95)], fill="gold")
+    return picture.resize((64, 64), Image.Resampling.LANCZOS)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> icexport.Bundle:
+    """The reference bundle, built once for all test processes."""
+    folder = tmp_path_factory.getbasetemp().parent / "reference-bundle"
+    with FileLock(f"{folder}.lock"):
+        return icexport.build("canny", output=folder)
+
+
+@pytest.fixture(scope="session")
+def pipe(bundle: icexport.Bundle) -> icexport.InnerControlPipeline:
+    found = icexport.InnerControlPipeline.from_pretrained(bundle)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.fixture(scope="session")
+def reference_pipe() -> StableDiffusionControlNetPipeline:
+    folder = icexport.reference_path()
+    controlnet = ControlNetModel.from_pretrained(folder / "controlnet-canny")
+    found = StableDiffusionControlNetPipeline.from_pretrained(folder, controlnet=controlnet, safety_checker=None)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.fixture(scope="session")
+def control_maps() -> torch.Tensor:
+    canny = icexport.conditions.get("canny")
+    maps = [canny.extract(drawing(i)) for i in range(len(PROMPTS))]
+    pixels = torch.stack([torch.tensor(list(m.getdata())).view(64, 64, 3).permute(2, 0, 1) for m in maps])
+    return pixels.float() / 255
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
+
+
+def test_the_model_is_small_enough_and_free_of_pickles() -> None:
+    files = [p for p in icexport.reference_path().rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 40e6
+    assert not [p.name for p in files if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        ("UniPCMultistep", {}),
+        ("DDIM", {}),
+        ("EulerDiscrete", {}),
+        ("DPMSolverMultistep", {}),
+        ("EulerAncestralDiscrete", {}),
+        ("HeunDiscrete", {}),
+        ("UniPCMultistep", {"guidance_scale": 1.0}),
+        ("UniPCMultistep", {"guess_mode": True}),
+        ("UniPCMultistep", {"guess_mode": True, "guidance_scale": 1.0}),
+        ("UniPCMultistep", {"control_guidance_start": 0.2, "control_guidance_end": 0.7}),
+        ("UniPCMultistep", {"controlnet_conditioning_scale": 0.6, "negative_prompt": "black"}),
+    ],
+    ids=str,
+)
+def test_same_picture_as_diffusers(
+    pipe: Any, reference_pipe: Any, control_maps: torch.Tensor, scheduler: str, options: dict[str, Any]
+) -> None:
+    pictures = []
+    for each in (pipe, reference_pipe):
+        each.scheduler = scheduler_class(scheduler).from_config(each.scheduler.config)
+        call = {"image": control_maps[:1], "num_inference_steps": 8, "output_type": "pt", **options}
+        pictures.append(each(PROMPTS[0], generator=torch.Generator().manual_seed(5), **call).images)
+    assert float(psnr(*pictures).min()) >= 50
+
+
+def test_pictures_follow_the_control_and_the_report_knows(pipe: Any, control_maps: torch.Tensor) -> None:
+    pipe.scheduler = scheduler_class("UniPCMultistep").from_config(pipe.scheduler.config)
+    call = {"image": control_maps, "num_inference_steps": 20, "guidance_scale": 3.0}
+    controlled = pipe(list(PROMPTS), generator=generators(), **call)
+    free = pipe(list(PROMPTS), generator=generators(), controlnet_conditioning_scale=0.0, **call)
+    scores, without = torch.tensor(controlled.fidelity.scores), torch.tensor(free.fidelity.scores)
+    assert scores.mean() >= 0.85
+    assert scores.mean() >= without.mean() + 0.3
+    readings = [sum(report.fidelity.steps[-1].errors) for report in (controlled, free)]
+    assert readings[0] < readings[1]
+    assert bool(controlled.fidelity)
+
+
+def test_pictures_have_the_colour_of_the_prompt(pipe: Any, control_maps: torch.Tensor) -> None:
+    call = {"image": control_maps[2:3], "num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "pt"}
+    inside = {}
+    for color in ("red", "green", "blue"):
+        picture = pipe(f"a {color} book", generator=torch.Generator().manual_seed(1), **call).images[0]
+        inside[color] = picture[:, 30:54, 20:44].mean((1, 2))
+    assert [int(inside[color].argmax()) for color in ("red", "green", "blue")] == [0, 1, 2]
