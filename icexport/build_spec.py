@@ -72,13 +72,14 @@ def plan(
         _check_condition(cond)  # if it is the name that is wrong, say so
         raise
     unet, vae = source.config("unet"), source.config("vae")
-    native = unet["sample_size"]
-    if None in (height, width) and not isinstance(native, int):
+    native = unet.get("sample_size")
+    own = str(native * vae_factor(vae)) if isinstance(native, int) else None
+    height, width = (own if size is None else size for size in (height, width))
+    if height is None or width is None:
         raise UsageError(
             f"{source.base} does not say its size (unet sample_size is {native}): give --height and --width."
         )
-    sizes = [native * vae_factor(vae) if size is None else size for size in (height, width)]
-    profile = Profile(SizeRange.parse(batch_size), *map(SizeRange.parse, sizes))
+    profile = Profile(SizeRange.parse(batch_size), SizeRange.parse(height), SizeRange.parse(width))
     profile.check_multiple(size_multiple(unet, vae))
     return BuildSpec(source, backends, dtype, opset, profile, verify)
 
@@ -107,7 +108,7 @@ def check_fit(source: ModelSource) -> None:
         CheckpointError: listing everything that does not fit.
     """
     _check_condition(source.condition)
-    configs = {part: source.config(part) for part in ("unet", "controlnet", "vae", "text_encoder")}
+    configs = {part: source.full_config(part) for part in ("unet", "controlnet", "vae", "text_encoder")}
     unet, controlnet, vae, text = configs.values()
     problems = [
         f"{part} has {name} = {configs[part][name]!r}, which Stable Diffusion 1 and 2 do not"
@@ -162,7 +163,7 @@ def graphs(spec: BuildSpec, dtype: str) -> Iterator[Graph]:
 
     source, precision = spec.source, torch_dtype(dtype)
     unet_config, vae_config = source.config("unet"), source.config("vae")
-    length = source.config("text_encoder")["max_position_embeddings"]
+    length = source.full_config("text_encoder")["max_position_embeddings"]
     yield g.text_encoder_graph(source.text_encoder(precision), precision)
     yield g.controlnet_graph(source.controlnet_model(precision), length, vae_factor(vae_config), precision)
     probe = source.probe_model(precision)

@@ -83,6 +83,7 @@ def build(
             "Using the embedded reference model: 64 x 64 px icons, made for trying things out. Name a real one with "
             "--model DIR|HUB_ID --controlnet DIR|HUB_ID --probe DIR."
         )
+    progress("check the model")
     check_fit(spec.source)
     with writing(folder) as temporary:
         _check_space(temporary, spec)
@@ -146,7 +147,7 @@ def _write(spec: BuildSpec, key: str, folder: Path, progress: Callable[[str], No
         opset=spec.opset,
         profile=spec.profile,
         graphs=entries,
-        configs={part: source.config(part) for part in parts},
+        configs={part: source.full_config(part) for part in parts},
         engines=engines,
         files=hash_files(folder),
         tolerances={"cosine": parity.MIN_COSINE, "factor": parity.FACTOR, "floor": parity.FLOOR[spec.dtype]},

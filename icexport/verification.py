@@ -46,7 +46,26 @@ def verify(
         ParityError: an engine does not match; the results are its ``results``.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    progress("check the files")
     bundle.verify()
+    source = recorded_source(bundle, model)
+    built = tuple(dict.fromkeys(e.backend for e in bundle.manifest.engines.values()))
+    names = (backend,) if isinstance(backend, str) else tuple(backend or built)
+    backends = tuple(dict.fromkeys(choose_backend(bundle, name, "cpu") for name in names))
+    spec = BuildSpec(source, backends, bundle.manifest.dtype, bundle.manifest.opset, bundle.manifest.profile, True)
+    return parity_gate(bundle, spec, progress)
+
+
+def recorded_source(bundle: Bundle, model: str | None = None) -> ModelSource:
+    """The model that a bundle was made from, with every file compared.
+
+    Args:
+        bundle: the bundle.
+        model: where the base model lies now, if it has moved.
+
+    Raises:
+        CheckpointError: it is not there any more, or was changed.
+    """
     recorded = bundle.manifest.source
     source = ModelSource.find(
         bundle.manifest.condition["name"], model or recorded["model"], recorded["controlnet"], recorded["probe"]
@@ -57,11 +76,7 @@ def verify(
             f"The model at {source.base} is not the one that {bundle.path} was made from; different: "
             f"{', '.join(changed)}. Give the right one with --model, or build again."
         )
-    built = tuple(dict.fromkeys(e.backend for e in bundle.manifest.engines.values()))
-    names = (backend,) if isinstance(backend, str) else tuple(backend or built)
-    backends = tuple(dict.fromkeys(choose_backend(bundle, name, "cpu") for name in names))
-    spec = BuildSpec(source, backends, bundle.manifest.dtype, bundle.manifest.opset, bundle.manifest.profile, True)
-    return parity_gate(bundle, spec, progress)
+    return source
 
 
 def parity_gate(bundle: Bundle, spec: BuildSpec, progress: Callable[[str], None]) -> dict[str, Any]:

@@ -6,15 +6,19 @@ score and the difference to diffusers' pictures: a fast engine that draws someth
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,8 @@ from icexport.bundle.engines import choose_backend
 from icexport.bundle.store import Bundle
 from icexport.errors import UsageError
 from icexport.fidelity.control import psnr
-from icexport.models.loading import ModelSource
 from icexport.runtime.pipeline import InnerControlPipeline, load_scheduler
+from icexport.verification import recorded_source
 
 BASELINE = "diffusers"
 """Name of the eager ``StableDiffusionControlNetPipeline``, in float32 or the bundle's float16."""
@@ -44,9 +48,10 @@ class ProviderLatency:
         median: seconds for one call (all its pictures).
         p95: 95th percentile of the same.
         best: smallest of the same.
-        seconds_per_step: median divided by the steps; includes the share of text encoder and decoder.
+        seconds_per_step: median time of one denoising step, ControlNet and UNet; None where only one step is made.
         load_seconds: from files to a pipeline that is ready.
-        memory_mb: growth of the process (CPU) or peak of the device (CUDA) while loading and running, in 10^6 bytes.
+        memory_mb: growth of the process's (CPU) or the device's (CUDA) memory while loading and at the first call, in
+            10^6 bytes.
         score: mean control score of the pictures.
         psnr_db: of the pictures against the baseline's; None for the baseline itself or without one.
     """
@@ -55,7 +60,7 @@ class ProviderLatency:
     median: float
     p95: float
     best: float
-    seconds_per_step: float
+    seconds_per_step: float | None
     load_seconds: float
     memory_mb: float
     score: float
@@ -98,7 +103,8 @@ class LatencyReport:
         for p in self.providers:
             speed = f"{base / p.median:.2f}x" if base else ""
             same = "" if p.psnr_db is None else f"{p.psnr_db:.1f}"
-            times = f"{p.median:.3f} | {p.p95:.3f} | {p.best:.3f} | {1000 * p.seconds_per_step:.1f} | {speed}"
+            step = "" if p.seconds_per_step is None else f"{1000 * p.seconds_per_step:.1f}"
+            times = f"{p.median:.3f} | {p.p95:.3f} | {p.best:.3f} | {step} | {speed}"
             lines.append(f"| {p.name} | {times} | {p.load_seconds:.1f} | {p.memory_mb:.0f} | {p.score:.3f} | {same} |")
         what = (
             f"{self.condition}, {self.dtype}, {self.batch} x {self.height} x {self.width} px, {self.steps} steps of "
@@ -114,10 +120,11 @@ class LatencyReport:
             UsageError: matplotlib is missing.
         """
         try:
-            import matplotlib.pyplot as plt
+            from matplotlib.figure import Figure  # not pyplot: no window system, no global state
         except ImportError as error:
             raise UsageError("The plot needs matplotlib: pip install 'icexport[report]'") from error
-        figure, axis = plt.subplots(figsize=(6, 0.6 * len(self.providers) + 1.2))
+        figure = Figure(figsize=(6, 0.6 * len(self.providers) + 1.2))
+        axis = figure.subplots()
         names = [p.name for p in self.providers][::-1]
         medians = [p.median for p in self.providers][::-1]
         spread = [
@@ -128,7 +135,6 @@ class LatencyReport:
         axis.set_xlabel(f"seconds for {self.steps} steps: median, min to p95")
         figure.tight_layout()
         figure.savefig(path, dpi=120)
-        plt.close(figure)
 
     def save(self, output: Path) -> list[Path]:
         """Write ``<output>.json``, ``.md`` and ``.png``; returns their paths."""
@@ -170,7 +176,7 @@ def run_latency(
     Raises:
         UsageError: counts below 1, or a batch outside the profile.
         BundleError: the bundle cannot be used, or was not built for a backend.
-        CheckpointError: the model that the bundle was made from is not there any more (for the baseline).
+        CheckpointError: the model that the bundle was made from is not there any more or was changed (baseline only).
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     manifest = bundle.manifest
@@ -187,7 +193,7 @@ def run_latency(
     memory: dict[str, float] = {}
     pictures: dict[str, Tensor] = {}
 
-    def call(name: str) -> Tensor:
+    def call(name: str, callback: Callable[..., dict[str, Tensor]] | None = None) -> Tensor:
         options = {} if name == BASELINE else {"check_fidelity": False}
         images: Tensor = pipes[name](
             [_PROMPT] * batch,
@@ -195,6 +201,7 @@ def run_latency(
             num_inference_steps=steps,
             generator=[torch.Generator().manual_seed(seed + i) for i in range(batch)],
             output_type="pt",
+            callback_on_step_end=callback,
             **options,
         ).images
         return images.float().cpu()
@@ -219,6 +226,7 @@ def run_latency(
             call(name)  # ends with a copy to the host, which waits for the device
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - started)
+    progress("single steps")
     condition = conditions.get(manifest.condition["name"])
     providers = []
     for name, times in seconds.items():
@@ -228,9 +236,9 @@ def run_latency(
             ProviderLatency(
                 name=name,
                 median=statistics.median(times),
-                p95=ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))],
+                p95=ordered[round(0.95 * (len(ordered) - 1))],
                 best=ordered[0],
-                seconds_per_step=statistics.median(times) / steps,
+                seconds_per_step=_step_seconds(functools.partial(call, name), device),
                 load_seconds=loading[name],
                 memory_mb=memory[name] / 1e6,
                 score=float(condition.score(pictures[name], control).mean()),
@@ -244,8 +252,22 @@ def run_latency(
     )  # fmt: skip
 
 
+def _step_seconds(call: Callable[[Callable[..., dict[str, Tensor]]], object], device: str) -> float | None:
+    """Median time from the end of one step to the end of the next, in a call of its own: it waits for the device."""
+    ends: list[float] = []
+
+    def ended(_pipe: Any, _step: int, _time: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        ends.append(time.perf_counter())
+        return tensors
+
+    call(ended)
+    return statistics.median(b - a for a, b in pairwise(ends)) if len(ends) > 1 else None
+
+
 def machine(device: str = "cpu") -> dict[str, str]:
-    """Processor or GPU, cores and the versions that matter."""
+    """Processor and GPU, cores, threads, versions, and the commit where this is a checkout."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -259,7 +281,14 @@ def machine(device: str = "cpu") -> dict[str, str]:
     }
     if device.startswith("cuda"):
         found["GPU"] = torch.cuda.get_device_name(device)
-    return found | {name: metadata.version(name) for name in ("torch", "diffusers", "onnxruntime")}
+    found["threads"] = str(torch.get_num_threads())
+    found |= {name: metadata.version(name) for name in ("torch", "diffusers", "onnxruntime")}
+    root, git = Path(__file__).parents[2], shutil.which("git")
+    if git and (root / ".git").exists():
+        command = [git, "-C", str(root), "describe", "--always", "--dirty"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  fixed arguments
+        found |= {"commit": result.stdout.strip()} if result.returncode == 0 else {}
+    return found
 
 
 def _diffusers(bundle: Bundle, device: str) -> Any:
@@ -268,10 +297,7 @@ def _diffusers(bundle: Bundle, device: str) -> Any:
 
     from icexport.export.precision import torch_dtype
 
-    recorded, dtype = bundle.manifest.source, torch_dtype(bundle.manifest.dtype)
-    source = ModelSource.find(
-        bundle.manifest.condition["name"], recorded["model"], recorded["controlnet"], recorded["probe"]
-    )
+    source, dtype = recorded_source(bundle), torch_dtype(bundle.manifest.dtype)
     return StableDiffusionControlNetPipeline(
         vae=source.vae(dtype),
         text_encoder=source.text_encoder(dtype),
@@ -293,10 +319,9 @@ def _test_map(batch: int, height: int, width: int) -> Tensor:
 
 
 def _memory(device: str) -> float:
-    """Bytes in use: the device's peak on CUDA, this process's resident size elsewhere."""
+    """Bytes in use: on CUDA of the whole device, for ONNX Runtime does not use torch's allocator; else resident."""
     if device.startswith("cuda"):
-        peak = float(torch.cuda.max_memory_allocated(device))
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak
+        free, total = torch.cuda.mem_get_info(device)
+        return float(total - free)
     statm = Path("/proc/self/statm")
     return float(int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")) if statm.exists() else 0.0

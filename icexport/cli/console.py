@@ -108,13 +108,14 @@ class Steps:
         self.begun = 0
 
     def __enter__(self) -> Self:
-        silence_libraries()
         self._stdout.__enter__()
         self._bar.start()
         return self
 
     def __call__(self, step: str) -> None:
         """Begin ``step``, which ends the one before it."""
+        if not self.begun:
+            silence_libraries()  # not before: a cache hit has no steps and must not pay for the imports
         self._finish()
         self._step, self._started = step, time.perf_counter()
         self.begun += 1

@@ -102,7 +102,7 @@ class ModelSource:
         return {"model": self.model, "controlnet": self.controlnet, "probe": self.probe, "files": self.files}
 
     def config(self, part: str) -> dict[str, Any]:
-        """A component's ``config.json``, with its class's defaults for what older versions did not write.
+        """A component's ``config.json``, as it is.
 
         Raises:
             CheckpointError: it is missing or no JSON object.
@@ -114,7 +114,15 @@ class ModelSource:
             raise CheckpointError(f"Cannot read {path}: {error}.") from error
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} holds no JSON object.")
-        return {**_defaults(part), **config}
+        return config
+
+    def full_config(self, part: str) -> dict[str, Any]:
+        """A component's config with its class's defaults, which files of older versions lack. Imports the classes.
+
+        Raises:
+            CheckpointError: as ``config``.
+        """
+        return {**_defaults(part), **self.config(part)}
 
     @property
     def _weighty(self) -> dict[str, Path]:

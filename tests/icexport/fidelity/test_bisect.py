@@ -36,15 +36,13 @@ def perturb(folder: Path, graph: str, weight: str) -> Path:
     tensor.CopyFrom(numpy_helper.from_array(changed, weight))
     path.unlink()
     Path(f"{path}.data").unlink()
-    external_data_helper.convert_model_to_external_data(model, location=f"{graph}.onnx.data", size_threshold=0)
+    external_data_helper.convert_model_to_external_data(model, location=f"{graph}.onnx.data", size_threshold=256)
     onnx.save(model, path)
     return path
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_every_layer_with_weights_can_be_named(
-    all_graphs: dict[str, Graph], tiny_bundle: Path, name: str
-) -> None:
+def test_every_layer_with_weights_can_be_named(all_graphs: dict[str, Graph], tiny_bundle: Path, name: str) -> None:
     graph = all_graphs[name]
     found = set(bisect.module_outputs(onnx.load(tiny_bundle / f"graphs/{name}.onnx", load_external_data=False)))
 
@@ -84,9 +82,7 @@ def test_the_perturbed_layer_is_named(
     assert not any("_forward_hooks" in dir(m) and m._forward_hooks for m in graph.module.modules())
 
 
-def test_nothing_is_written_beside_the_graph(
-    all_graphs: dict[str, Graph], tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_nothing_is_written_beside_the_graph(all_graphs: dict[str, Graph], tiny_bundle: Path, tmp_path: Path) -> None:
     """A bundle may lie on a read-only disk."""
     folder = Path(shutil.copytree(tiny_bundle / "graphs", tmp_path / "graphs"))
     folder.chmod(0o555)

@@ -84,15 +84,17 @@ def test_a_wrong_direction_fails_even_if_torch_errs_as_much() -> None:
     assert not found
 
 
-def test_the_worst_case_is_named() -> None:
-    def second_only(out: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"y": out["y"] * (1.5 if out["y"][0] > 2 else 1.0)}
+@pytest.mark.parametrize("worst", ["first", "second"])
+def test_the_worst_case_is_named(worst: str) -> None:
+    def one_only(out: dict[str, Tensor]) -> dict[str, Tensor]:
+        is_second = bool(out["y"][0] > 2)
+        return {"y": out["y"] * (1.5 if is_second == (worst == "second") else 1.0)}
 
-    found = judge(Engine(spoil=second_only))
+    found = judge(Engine(spoil=one_only))
 
-    assert found.case == "second"
+    assert found.case == worst
     assert found.error == pytest.approx(0.5)
-    assert json.loads(json.dumps(found.to_json()))["worst_case"] == "second"
+    assert json.loads(json.dumps(found.to_json()))["worst_case"] == worst
 
 
 def test_json_has_no_infinity() -> None:

@@ -104,7 +104,7 @@ def test_configs_of_older_versions_get_defaults(tiny_model: Path, tmp_path: Path
 
     for part, names in gone.items():
         part = part.partition("-")[0]
-        assert {n: source.config(part)[n] for n in names} == {n: new.config(part)[n] for n in names}
+        assert {n: source.full_config(part)[n] for n in names} == {n: new.config(part)[n] for n in names}
 
 
 def test_unreadable_configs(tiny_model: Path, tmp_path: Path) -> None:

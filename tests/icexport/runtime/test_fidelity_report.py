@@ -60,10 +60,13 @@ def test_readings_are_those_of_torch(pipe: InnerControlPipeline, tiny_model: Pat
 
     # Taps hooks the module's own calls, so the spy goes below them.
     unet.forward = spy
+    # Texts so far apart that the two halves of the batch are read differently.
+    text = 30 * torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(3))
+    options = {"prompt": None, "prompt_embeds": text, "negative_prompt_embeds": -text, "guidance_scale": guidance}
     with torch.no_grad():
-        call(theirs, guidance_scale=guidance, num_images_per_prompt=2)
+        call(theirs, **options, num_images_per_prompt=2)
 
-    report = call(pipe, guidance_scale=guidance, num_images_per_prompt=2).fidelity
+    report = call(pipe, **options, num_images_per_prompt=2).fidelity
 
     assert [step.index for step in report.steps] == list(range(STEPS))
     assert [step.timestep for step in report.steps] == [time for time, _ in expected]
