@@ -73,7 +73,7 @@ def module_outputs(model: onnx.ModelProto) -> dict[str, str]:
             if scope not in user:
                 leaving.setdefault(scope, set()).add(name)
     single = {scope: next(iter(names)) for scope, names in leaving.items() if len(names) == 1}
-    return dict(sorted(single.items(), key=lambda item: (place[item[1]], item[0].count("."))))
+    return dict(sorted(single.items(), key=lambda item: (place[item[1]], -item[0].count("."))))
 
 
 def _record(module: nn.Module, inputs: list[Tensor], names: Iterable[str]) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def test_a_good_bundle_passes(tiny_bundle: Path) -> None:
 
     found = icexport.verify(tiny_bundle, backend="onnxruntime", progress=steps.append)
 
-    assert steps == [f"parity {graph}" for graph in Bundle(tiny_bundle).manifest.graphs]
+    assert steps == ["check the files", *(f"parity {graph}" for graph in Bundle(tiny_bundle).manifest.graphs)]
     recorded = Bundle(tiny_bundle).manifest.parity["onnxruntime"]
     assert found.keys() == {"onnxruntime"}
     assert {g: list(outputs) for g, outputs in found["onnxruntime"].items()} == {
@@ -107,8 +107,11 @@ def test_a_missing_output_fails(copy: Path, only: Callable[..., None]) -> None:
 def test_damage_is_found_before_parity(copy: Path) -> None:
     (copy / "scheduler" / "scheduler_config.json").write_text("{}")
 
+    steps: list[str] = []
     with pytest.raises(DamagedBundleError, match=r"scheduler_config\.json was changed"):
-        icexport.verify(copy, progress=lambda _step: pytest.fail("judged a damaged bundle"))
+        icexport.verify(copy, progress=steps.append)
+
+    assert steps == ["check the files"], "judged a damaged bundle"
 
 
 def test_another_model_is_refused(tiny_bundle: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -86,11 +86,12 @@ def test_one_backend_without_the_baseline(tiny_bundle: Path, tmp_path: Path) -> 
     data = json.loads(path.read_text())
     data["source"]["model"] = "/nowhere/model"
     path.write_text(json.dumps(data))
-    options = {"steps": 1, "warmup": 0, "iterations": 1}
+    options = {"steps": 1, "warmup": 1, "iterations": 1}
 
     found = run_latency(copy, backends=["onnxruntime"], baseline=False, **options)
 
     (provider,) = found.providers
+    assert provider.best == provider.median == provider.p95, "the warm-up must not count"
     assert (provider.name, provider.psnr_db, provider.seconds_per_step) == ("onnxruntime", None, None)
     assert "onnxruntime |" in found.to_markdown()
     with pytest.raises(CheckpointError, match="/nowhere/model"):
