@@ -36,5 +36,5 @@ def test_full_size_export(graph: str, dtype: str) -> None:
     assert found["weight_bytes"] == size * PARAMETERS[graph]
     assert found["group_norms"] > 0
     assert found["seconds"] <= 144
-    # Making the random weights is the test's own cost: the export may add 15 % of the weights to what was loaded.
+    # What is resident before the export are the weights and the libraries; the export may add 15 % of the weights.
     assert found["peak_bytes"] - found["loaded_bytes"] <= 0.15 * found["weight_bytes"]
