@@ -8,7 +8,11 @@ DEMO_PROMPT ?= a red apple
 DEMO_IMAGE ?= docs/images/apple.png
 DEMO_OUTPUT ?= builds/demo.png
 
-.PHONY: demo test lint clean
+# Bindings of the versions of TensorRT that the adapter is checked against; each needs a download of its own.
+BINDINGS := .cache/tensorrt-bindings
+BINDINGS_VERSIONS := 10.9.0.34 10.16.1.11 11.4.0.106
+
+.PHONY: demo test optimum lint bindings clean
 
 demo: $(READY)
 	$(BIN)/icexport build --cond canny --output builds/canny
@@ -17,14 +21,26 @@ demo: $(READY)
 
 # One thread for each of the test processes.
 test: export OMP_NUM_THREADS = 1
-test: lint
+test: lint bindings
 	$(BIN)/pytest -n 2
+
+# The extra `optimum` in an environment of its own, which the test makes.
+optimum: $(READY)
+	$(BIN)/pytest -m "slow and network" tests/optimum
 
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bindings: $(BINDINGS)/ready
+
+$(BINDINGS)/ready: $(READY)
+	for version in $(BINDINGS_VERSIONS); do \
+		$(BIN)/pip download --quiet --no-deps --dest $(BINDINGS) tensorrt-cu12-bindings==$$version || exit 1; \
+	done
+	touch $@
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,4 +49,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) builds build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(BINDINGS) builds build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

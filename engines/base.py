@@ -44,6 +44,7 @@ class Availability:
         reason: Why it, or one of its devices, is not usable; empty if nothing is missing.
         fix: What to do about ``reason``; empty if nothing is missing.
         devices: Usable device types, e.g. ``("cpu", "cuda")``.
+        cross_builds: It can build engines here for a device that this machine does not have.
     """
 
     usable: bool
@@ -51,6 +52,12 @@ class Availability:
     reason: str
     fix: str
     devices: tuple[str, ...]
+    cross_builds: bool = False
+
+    @property
+    def builds(self) -> bool:
+        """Whether it can build engines here."""
+        return self.usable or self.cross_builds
 
 
 class Engine(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,19 +24,21 @@ class Backend:
     Attributes:
         name: As the user writes it.
         summary: One line for ``doctor`` and ``--help``.
-        module: Its module, with a function ``check() -> Availability``; imported when asked, for it imports torch.
+        check: ``module:function``, which returns its ``Availability``; imported when asked, for it imports torch.
     """
 
     name: str
     summary: str
-    module: str
+    check: str
 
 
 BACKENDS = {
     backend.name: backend
     for backend in (  # in the order in which "auto" tries them
-        Backend("onnxruntime", "ONNX Runtime, CPU and CUDA", "engines.onnxruntime"),
-        Backend("torch", "eager PyTorch, the reference", "engines.torch_eager"),
+        Backend("tensorrt", "TensorRT plans, NVIDIA GPUs", "engines.tensorrt.api:check_tensorrt"),
+        Backend("tensorrt-rtx", "TensorRT-RTX plans, GeForce and RTX GPUs", "engines.tensorrt.api:check_tensorrt_rtx"),
+        Backend("onnxruntime", "ONNX Runtime, CPU and CUDA", "engines.onnxruntime:check"),
+        Backend("torch", "eager PyTorch, the reference", "engines.torch_eager:check"),
     )
 }
 
@@ -48,13 +51,12 @@ def check(name: str) -> Availability:
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from: auto, {', '.join(BACKENDS)}.")
+    module_name, _, function = BACKENDS[name].check.partition(":")
     try:
-        module = importlib.import_module(BACKENDS[name].module)
+        module = importlib.import_module(module_name)
     except (ImportError, OSError) as error:
-        return Availability(
-            False, None, f"{BACKENDS[name].module} cannot be imported: {error}", "Install icexport again", ()
-        )
-    availability: Availability = module.check()
+        return Availability(False, None, f"{module_name} cannot be imported: {error}", "Install icexport again", ())
+    availability: Availability = getattr(module, function)()
     return availability
 
 
@@ -63,10 +65,10 @@ def available() -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if check(name).usable)
 
 
-def resolve(name: str, device: str | torch.device = "cpu") -> str:
+def resolve(name: str, device: str | torch.device = "cpu", among: Iterable[str] = tuple(BACKENDS)) -> str:
     """Turn a backend's name or ``"auto"`` into the name of a backend that can run on ``device``.
 
-    ``auto`` takes the first usable one of the table and logs which and why. A named backend is never replaced.
+    ``auto`` takes the first usable one of ``among`` and logs which and why. A named backend is never replaced.
 
     Raises:
         ValueError: If no backend has this name.
@@ -76,15 +78,16 @@ def resolve(name: str, device: str | torch.device = "cpu") -> str:
     if name != "auto":
         require_device(name, check(name), device_type)
         return name
+    candidates = tuple(among)
     passed_over: list[str] = []
-    for candidate in BACKENDS:
+    for candidate in candidates:
         availability = check(candidate)
         if device_type in availability.devices:
             logger.info(
                 "Backend auto: %s %s, the first of %s that runs on %s%s",
                 candidate,
                 availability.version,
-                ", ".join(BACKENDS),
+                ", ".join(candidates),
                 device_type,
                 "".join(f"; not {reason}" for reason in passed_over),
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -52,5 +53,18 @@ def dynamic_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -
         "dynamic-bundle",
         lambda folder: icexport.build(
             "canny", model=str(tiny_model), probe="none", backend="onnxruntime", output=folder, **sizes
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def rtx_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Bundle of `tiny_model` in fp16 with TensorRT-RTX plans for two GPUs; its store is `store` beside it."""
+    options: dict[str, Any] = {"dtype": "fp16", "backend": "tensorrt-rtx", "target_sm": (89, 86)}
+    return once(
+        tmp_path_factory,
+        "rtx-bundle",
+        lambda folder: icexport.build(
+            "canny", model=str(tiny_model), output=folder, engine_store=folder.with_name("rtx-store"), **options
         ),
     )

@@ -111,3 +111,36 @@ def save_tiny_model(folder: Path) -> Path:
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def overflowing_vae() -> AutoencoderKL:
+    """A decoder in whose middle one convolution gives some 1e5, which the norm behind it brings back."""
+    torch.manual_seed(3)
+    vae = AutoencoderKL(
+        block_out_channels=(16,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    with torch.no_grad():
+        vae.decoder.mid_block.resnets[0].conv1.weight.mul_(3e5)
+    return vae.eval().requires_grad_(False)
+
+
+def overflowing_unet() -> UNet2DConditionModel:
+    """A UNet of one level whose residual stream reaches some 1e5 from the middle on, until the last norm."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=1,
+        norm_num_groups=4,
+    )
+    with torch.no_grad():
+        unet.mid_block.resnets[0].conv2.weight.mul_(3e5)
+    return unet.eval().requires_grad_(False)

@@ -23,6 +23,7 @@ from training import dataset
 from training import tokenizer as clip
 from training.controlnet import train_controlnet
 from training.data import icons
+from training.layout import save_text_encoder, save_tokenizer
 from training.loop import StageConfig, world
 from training.probe import train_probe
 from training.unet import noise_scheduler, train_unet
@@ -74,12 +75,13 @@ def train(work: Path, output: Path, recipe: Path, bpe_file: Path) -> None:
     controlnet = train_controlnet(data, unet, text_encoder, settings["controlnet"], work)
     probe = train_probe(data, unet, text_encoder, controlnet, settings["probe"], work)
     if rank == 0:
-        for name, module in {"vae": vae, "unet": unet, "text_encoder": text_encoder}.items():
+        for name, module in {"vae": vae, "unet": unet}.items():
             module.half().save_pretrained(output / name)
+        save_text_encoder(text_encoder.half(), output / "text_encoder")
         _load_as_float32(output / "text_encoder" / "config.json")
         controlnet.half().save_pretrained(output / "controlnet-canny")
         probe.half().save_pretrained(output / "probe-canny")
-        tokens.save_pretrained(output / "tokenizer")
+        save_tokenizer(tokens, output / "tokenizer")
         UniPCMultistepScheduler.from_config(noise_scheduler().config).save_pretrained(output / "scheduler")
         (output / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
 

@@ -17,7 +17,6 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ import torch
 from torch import Tensor
 
 from icexport import conditions
-from icexport.bundle.engines import choose_backend
+from icexport.build_spec import installed
+from icexport.bundle.engines import built_backends, choose_backend, default_device
 from icexport.bundle.store import Bundle
 from icexport.errors import UsageError
 from icexport.fidelity.control import psnr
@@ -155,7 +155,8 @@ def run_latency(
     iterations: int = 5,
     batch: int = 1,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
+    cuda_graph: bool = False,
     baseline: bool = True,
     progress: Callable[[str], None] = lambda _step: None,
 ) -> LatencyReport:
@@ -169,7 +170,8 @@ def run_latency(
         iterations: rounds that count.
         batch: pictures per call.
         seed: of the noise.
-        device: ``cpu``, ``cuda`` or ``cuda:<i>``.
+        device: ``cpu``, ``cuda`` or ``cuda:<i>``; None: as in ``InnerControlPipeline.from_pretrained``.
+        cuda_graph: launch each step of our pipelines as one CUDA graph.
         baseline: also run diffusers eager on the model that the bundle was made from.
         progress: called with a short text when a part begins.
 
@@ -184,8 +186,9 @@ def run_latency(
         raise UsageError("steps, iterations and batch must be at least 1, warmup at least 0.")
     if batch not in manifest.profile.batch:
         raise UsageError(f"batch {batch}: the bundle takes {manifest.profile.batch} pictures per call.")
-    built = dict.fromkeys(e.backend for e in manifest.engines.values())
-    names = [choose_backend(bundle, name, device) for name in backends or built]
+    wanted = tuple(backends or built_backends(bundle))
+    device = device or max(default_device(bundle, name) for name in wanted)  # one device for all: cuda if one needs it
+    names = [choose_backend(bundle, name, device) for name in wanted]
     height, width = manifest.profile.height.opt, manifest.profile.width.opt
     control = _test_map(batch, height, width)
     pipes: dict[str, Any] = {}
@@ -213,7 +216,9 @@ def run_latency(
         if name == BASELINE:
             pipes[name] = _diffusers(bundle, device)
         else:
-            pipes[name] = InnerControlPipeline.from_pretrained(bundle, backend=name, device=device)
+            pipes[name] = InnerControlPipeline.from_pretrained(
+                bundle, backend=name, device=device, cuda_graph=cuda_graph
+            )
         loading[name] = time.perf_counter() - started
         pipes[name].set_progress_bar_config(disable=True)
         pictures[name] = call(name)
@@ -282,7 +287,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
     if device.startswith("cuda"):
         found["GPU"] = torch.cuda.get_device_name(device)
     found["threads"] = str(torch.get_num_threads())
-    found |= {name: metadata.version(name) for name in ("torch", "diffusers", "onnxruntime")}
+    found |= {name: installed(name) for name in ("torch", "diffusers", "onnxruntime")}
     root, git = Path(__file__).parents[2], shutil.which("git")
     if git and (root / ".git").exists():
         command = [git, "-C", str(root), "describe", "--always", "--dirty"]

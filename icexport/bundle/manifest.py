@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from engines.base import TensorSpec
 
 MANIFEST_NAME = "icexport.json"
-SCHEMA_VERSION = 1
+PROBE_FOLDER = "probe"
+"""Where a bundle keeps the weights of its probe, for kernels that no engine holds."""
+SCHEMA_VERSION = 2
+"""1: the first. 2: engines say what they were built for, graphs have float32 islands and a twin with plugins, and
+profiles may list sizes. Bundles of version 1 are read as they are."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,16 @@ class GraphEntry:
         inputs: name, dtype and shape of each input, shapes with symbols as in ``TensorSpec``.
         outputs: likewise.
         dtypes: number of weights of each element type, read back from the written file.
+        islands: what was moved to float32 in a graph of lower precision, with the evidence.
+        plugin_file: path of the same graph with plugins as custom nodes; None where there is none.
     """
 
     file: str
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
     dtypes: dict[str, int]
+    islands: list[dict[str, Any]] = field(default_factory=list)
+    plugin_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,16 @@ class EngineEntry:
         backend: as in ``engines.BACKENDS``.
         version: of the backend when it was built.
         files: paths in the bundle that only this engine needs; empty where the backend runs the ONNX file itself.
+        device: what it was built for, e.g. ``sm_86+sm_89``; ``any`` if it does not matter.
+        report: what the builder told: seconds, memory, precision and plugins read back; empty if nothing was built.
     """
 
     graph: str
     backend: str
     version: str
     files: list[str] = field(default_factory=list)
+    device: str = "any"
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,7 +146,8 @@ class Manifest:
             values["graphs"] = {n: GraphEntry(**g) for n, g in values["graphs"].items()}
             values["engines"] = {n: EngineEntry(**e) for n, e in values["engines"].items()}
             manifest = cls(**values)
-            used = [g.file for g in manifest.graphs.values()] + [f for e in manifest.engines.values() for f in e.files]
+            used = [f for g in manifest.graphs.values() for f in (g.file, g.plugin_file) if f is not None]
+            used += [f for e in manifest.engines.values() for f in e.files]
             check_paths([*manifest.files, *used], path)
             unlisted = sorted(set(used) - manifest.files.keys())
         except (TypeError, AttributeError, KeyError, UsageError) as error:
@@ -171,7 +184,7 @@ def digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def engine_key(
+def key_parts(
     *,
     graph_hash: str,
     weights_hash: str,
@@ -180,9 +193,10 @@ def engine_key(
     backend: str,
     version: str,
     device: str,
-    kernels: str,
-) -> str:
-    """Content address of an engine: it changes with anything that could change what the engine computes.
+    kernels: str = "",
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything that could change what an engine computes; its digest is the engine's key, its content address.
 
     Args:
         graph_hash: SHA-256 of the ``.onnx`` file.
@@ -191,18 +205,18 @@ def engine_key(
         dtype: of the graph.
         backend: and ``version``: what builds and runs it.
         version: see ``backend``.
-        device: ``cpu`` or the GPU's name and compute capability.
+        device: ``any``, or the compute capabilities or the GPU that the engine is built for.
         kernels: hash of the custom kernels inside, empty for none.
+        options: of the builder.
     """
-    return digest(
-        {
-            "graph": graph_hash,
-            "weights": weights_hash,
-            "profile": profile.to_json(),
-            "dtype": dtype,
-            "backend": backend,
-            "version": version,
-            "device": device,
-            "kernels": kernels,
-        }
-    )
+    return {
+        "graph": graph_hash,
+        "weights": weights_hash,
+        "profile": profile.to_json(),
+        "dtype": dtype,
+        "backend": backend,
+        "version": version,
+        "device": device,
+        "kernels": kernels,
+        "options": dict(options or {}),
+    }

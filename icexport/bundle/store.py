@@ -61,9 +61,15 @@ class Bundle:
         self.verify([name])
         return self.path / name
 
-    def onnx(self, graph: str) -> Path:
-        """Path of a graph's ONNX file, after checking its hash and that of its weights."""
-        file = self.graph(graph).file
+    def onnx(self, graph: str, *, plugins: bool = False) -> Path:
+        """Path of a graph's ONNX file, after checking its hash and that of its weights.
+
+        Args:
+            graph: name of the graph.
+            plugins: the file with plugins as nodes instead; only for a graph that has one.
+        """
+        entry = self.graph(graph)
+        file = (entry.plugin_file if plugins else None) or entry.file
         self.verify(f for f in self.manifest.files if f == file or f == f"{file}.data")
         return self.path / file
 

@@ -17,11 +17,12 @@ from icexport.errors import UsageError
 def bench(
     bundle: BundlePath,
     backend: Backends = None,
-    device: Device = "cpu",
+    device: Device = None,
     steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")] = 20,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures in one call.")] = 1,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Rounds that do not count.")] = 1,
     iterations: Annotated[int, typer.Option("--iterations", min=1, help="Rounds that count.")] = 5,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Launch each step as one CUDA graph.")] = False,
     no_baseline: Annotated[bool, typer.Option("--no-baseline", help="Leave diffusers itself out.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="NAME", help="Write NAME.json, NAME.md and NAME.png, too.")
@@ -46,6 +47,7 @@ def bench(
             iterations=iterations,
             batch=batch_size,
             device=device,
+            cuda_graph=cuda_graph,
             baseline=not no_baseline,
             progress=shown,
         )

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from icexport.cli.console import Steps, emit, show
-from icexport.cli.options import Backends, Json
-from icexport.cli.summary import graph_rows, parity_rows
+from icexport.cli.options import Backends, EngineStore, Json
+from icexport.cli.summary import engine_rows, graph_rows, parity_rows
 from icexport.errors import UsageError
 
 _Cond = Annotated[
@@ -32,14 +32,40 @@ _Probe = Annotated[
         "--probe", metavar="DIR|HUB_ID|none", help="Probe, or none.  [default: probe-<cond> in the model's folder]"
     ),
 ]
-_Dtype = Annotated[Literal["fp32", "fp16"], typer.Option("--dtype", help="Precision of the graphs.")]
+_Dtype = Annotated[Literal["fp32", "fp16", "bf16"], typer.Option("--dtype", help="Precision of the graphs.")]
 _Height = Annotated[
     str | None,
     typer.Option("--height", metavar="PX", help="Pixels, or min:opt:max.  [default: the model's own size]"),
 ]
 _Width = Annotated[str | None, typer.Option("--width", metavar="PX", help="As --height.")]
-_BatchSize = Annotated[str, typer.Option("--batch-size", metavar="N", help="Pictures in one call, or min:opt:max.")]
-_Opset = Annotated[int, typer.Option("--opset", help="ONNX opset, 18 to 23.")]
+_BatchSize = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-size", metavar="N", help="Pictures in one call, or min:opt:max.  [default: 1:1:4; 1 with TensorRT]"
+    ),
+]
+_Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="HxW", help="A size, instead of --height and --width. Repeatable: all of them."),
+]
+_Targets = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--target-sm",
+        metavar="SM...",
+        help="Compute capabilities that TensorRT-RTX builds for: 86 89 120.  [default: a portable plan]",
+    ),
+]
+_Level = Annotated[
+    int, typer.Option("--optimization-level", min=0, max=5, help="Of TensorRT: higher builds longer, may run faster.")
+]
+_Workspace = Annotated[
+    int | None,
+    typer.Option("--workspace", min=1, metavar="MIB", help="Most scratch memory of a TensorRT layer, in MiB."),
+]
+_Opset = Annotated[
+    int | None, typer.Option("--opset", help="ONNX opset, 18 to 23.  [default: 21; 22 for bf16]", show_default=False)
+]
 _Output = Annotated[
     Path | None,
     typer.Option(
@@ -65,8 +91,16 @@ def build(
     dtype: _Dtype = "fp32",
     height: _Height = None,
     width: _Width = None,
-    batch_size: _BatchSize = "1:1:4",
-    opset: _Opset = 21,
+    batch_size: _BatchSize = None,
+    shape: _Shapes = None,
+    opset: _Opset = None,
+    target_sm: _Targets = None,
+    optimization_level: _Level = 3,
+    workspace: _Workspace = None,
+    no_plugins: Annotated[
+        bool, typer.Option("--no-plugins", help="Leave the probe's Triton kernels out of TensorRT's plans.")
+    ] = False,
+    engine_store: EngineStore = None,
     output: _Output = None,
     force: _Force = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
@@ -77,8 +111,15 @@ def build(
     Exports every part to ONNX, compares every engine with PyTorch, and stores all of it. An identical bundle is kept.
     """
     options = {"model": model, "controlnet": controlnet, "probe": probe, "backend": backend or "auto", "dtype": dtype}
-    sizes = {"height": height, "width": width, "batch_size": batch_size, "opset": opset}
-    _build(cond, output, Path("builds"), as_json, **options, **sizes, force=force, verify=not no_verify)
+    sizes = {"height": height, "width": width, "batch_size": batch_size, "shapes": shape or (), "opset": opset}
+    plans = {
+        "target_sm": target_sm or (),
+        "optimization_level": optimization_level,
+        "workspace_mb": workspace,
+        "plugins": not no_plugins,
+        "engine_store": engine_store,
+    }
+    _build(cond, output, Path("builds"), as_json, **options, **sizes, **plans, force=force, verify=not no_verify)
 
 
 def export(
@@ -89,8 +130,9 @@ def export(
     dtype: _Dtype = "fp32",
     height: _Height = None,
     width: _Width = None,
-    batch_size: _BatchSize = "1:1:4",
-    opset: _Opset = 21,
+    batch_size: _BatchSize = None,
+    shape: _Shapes = None,
+    opset: _Opset = None,
     output: _ExportOutput = None,
     force: _Force = False,
     as_json: Json = False,
@@ -99,8 +141,9 @@ def export(
 
     The first half of build, without its parity gate.
     """
-    options = {"model": model, "controlnet": controlnet, "probe": probe, "backend": "onnxruntime", "dtype": dtype}
-    sizes = {"height": height, "width": width, "batch_size": batch_size, "opset": opset}
+    backend = () if dtype == "bf16" else "onnxruntime"  # which runs the graphs as they are, but not in bfloat16
+    options = {"model": model, "controlnet": controlnet, "probe": probe, "backend": backend, "dtype": dtype}
+    sizes = {"height": height, "width": width, "batch_size": batch_size, "shapes": shape or (), "opset": opset}
     _build(cond, output, Path("exports"), as_json, **options, **sizes, force=force, verify=False)
 
 
@@ -123,6 +166,7 @@ def _build(conds: list[str], output: Path | None, root: Path, as_json: bool, **o
             "cached": steps.begun == 0,
             "seconds": round(time.perf_counter() - started, 2),
             "graphs": graph_rows(bundle),
+            "engines": engine_rows(bundle),
             "parity": parity_rows(bundle.manifest.parity),
         }
         documents.append(document)
@@ -148,4 +192,11 @@ def _print(document: dict[str, Any]) -> None:
     state = "up to date, nothing was built" if cached else f"built in {document['seconds']:.1f} s"
     lines = {"bundle": document["bundle"], "state": state, "key": document["key"]}
     graphs = [{"graph": row["graph"], "MB": row["MB"]} for row in document["graphs"]]
-    show({**lines, "graphs": graphs, "parity": document["parity"] or "not checked"})
+    shown = ("backend", "graph", "device", "precision", "MB", "seconds")
+    plans = [
+        {**{name: row[name] for name in shown}, "key": row["key"][:12]}
+        for row in document["engines"]
+        if row["seconds"] is not None
+    ]
+    engines = {"plans": plans} if plans else {}
+    show({**lines, "graphs": graphs, **engines, "parity": document["parity"] or "not checked"})

@@ -14,7 +14,7 @@ import typer
 
 from engines import registry
 from icexport.cli.console import Steps, emit, say, show
-from icexport.cli.options import Backends, BundlePath, Json
+from icexport.cli.options import Backends, BundlePath, Device, Json
 from icexport.cli.summary import parity_rows
 from icexport.errors import IcexportError, ParityError
 
@@ -44,6 +44,7 @@ _PACKAGES = (
 def verify(
     bundle: BundlePath,
     backend: Backends = None,
+    device: Device = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="DIR|HUB_ID", help="Base model, if it has moved since the build.")
     ] = None,
@@ -58,7 +59,7 @@ def verify(
     failure = None
     with Steps() as steps:
         try:
-            results = run(str(bundle), backend=backend, model=model, progress=steps)
+            results = run(str(bundle), backend=backend, device=device, model=model, progress=steps)
         except ParityError as error:
             failure, results = error, error.results
     if as_json:
@@ -112,7 +113,8 @@ def _backends() -> list[dict[str, Any]]:
     rows = []
     for name in registry.BACKENDS:
         found = registry.check(name)
-        row = {"backend": name, "usable": found.usable, "version": found.version, "devices": list(found.devices)}
+        row = {"backend": name, "usable": found.usable, "builds": found.builds, "version": found.version}
+        row["devices"] = list(found.devices)
         rows.append({**row, "missing": found.reason, "fix": found.fix})
     return rows
 

@@ -26,6 +26,7 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (  # the first that fits c
     (OSError, FAILED),
     (MemoryError, FAILED),
 )
+_SEVERAL = "--target-sm"
 
 
 def exit_code(error: BaseException) -> int:
@@ -42,6 +43,10 @@ class Command(TyperCommand):
         """The command's own parameters, and those of the program that may follow its name."""
         shared = [p for p in ctx.find_root().command.params if p.name in ("verbose", "quiet")]
         return [*super().get_params(ctx), *shared]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse; ``--target-sm 86 89`` is taken for ``--target-sm 86 --target-sm 89``."""
+        return super().parse_args(ctx, _spread(args))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
@@ -66,6 +71,17 @@ class Command(TyperCommand):
                 say("".join(traceback.format_exception(error)).rstrip())
             say(_message(error, code))
             raise typer.Exit(code) from error
+
+
+def _spread(args: list[str]) -> list[str]:
+    """Repeat an option that takes several numbers before each of them, which is what click understands."""
+    spread: list[str] = []
+    several = False
+    for arg in args:
+        following = several and arg.isdecimal() and spread[-1] != _SEVERAL
+        spread += [_SEVERAL, arg] if following else [arg]
+        several = arg == _SEVERAL or (several and arg.isdecimal())
+    return spread
 
 
 def _message(error: BaseException, code: int) -> str:

@@ -97,10 +97,11 @@ class Steps:
     """
 
     def __init__(self) -> None:
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._quiet = not logging.getLogger(OURS[0]).isEnabledFor(logging.INFO)
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        text = TextColumn("{task.description}", markup=False)
+        columns = (SpinnerColumn(), text, BarColumn(bar_width=20), TimeElapsedColumn())
         hidden = self._quiet or not _stderr().is_terminal
         self._bar = Progress(*columns, console=_stderr(), transient=True, refresh_per_second=4, disable=hidden)
         self._stdout = contextlib.redirect_stdout(sys.stderr)
@@ -112,8 +113,12 @@ class Steps:
         self._bar.start()
         return self
 
-    def __call__(self, step: str) -> None:
-        """Begin ``step``, which ends the one before it."""
+    def __call__(self, step: str, share: float | None = None, /) -> None:
+        """Begin ``step``, which ends the one before it; or, with the name of the running step, show how far it is."""
+        if step == self._step and share is not None:
+            for task in self._bar.task_ids:
+                self._bar.update(task, total=1.0, completed=share)
+            return
         if not self.begun:
             silence_libraries()  # not before: a cache hit has no steps and must not pay for the imports
         self._finish()

@@ -60,7 +60,7 @@ def control_picture(
     return pad(fit(read_picture(source, transparent="black"), *size, how), *size)
 
 
-def load(bundle: Bundle, backend: str, device: str, scheduler: str | None) -> InnerControlPipeline:
+def load(bundle: Bundle, backend: str, device: str | None, scheduler: str | None) -> InnerControlPipeline:
     """The pipeline of a bundle, with its own or a named scheduler.
 
     Raises:

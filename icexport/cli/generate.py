@@ -69,7 +69,7 @@ def generate(
     ] = None,
     width: Annotated[int | None, typer.Option("--width", min=1, help="As --height.")] = None,
     backend: Backend = "auto",
-    device: Device = "cpu",
+    device: Device = None,
     output: Annotated[Path, _Png] = Path("out.png"),
     save_control_map: Annotated[
         Path | None,
@@ -154,6 +154,7 @@ def _size(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, i
     ]
     if wrong:
         raise UsageError(f"{'; '.join(wrong)}. For other sizes, build with --height and --width MIN:OPT:MAX.")
+    profile.check_shape(**wanted)
     return wanted["height"], wanted["width"]
 
 

@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from icexport.cli.console import emit, show
 from icexport.cli.options import Json
-from icexport.cli.summary import graph_rows, parity_rows
+from icexport.cli.summary import engine_rows, graph_rows, parity_rows
 from icexport.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from icexport.bundle.store import Bundle
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
@@ -24,7 +27,7 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            exists=True, show_default=False, help="Folder of a bundle, model or probe; .safetensors or .onnx."
+            exists=True, show_default=False, help="Folder of a bundle, model or probe; .safetensors, .onnx or .plan."
         ),
     ],
     as_json: Json = False,
@@ -56,10 +59,12 @@ def describe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         document = _safetensors(path)
     elif path.suffix == ".onnx":
         document = _onnx(path)
+    elif path.suffix == ".plan":
+        document = _plan(path)
     elif path.suffix in _PICKLES:
         raise UsageError(f"{path} is a pickle, which can hold code: it is not opened here. Use: icexport convert")
     else:
-        raise UsageError(f"{path} is no bundle, no model folder, and neither a .safetensors nor an .onnx file.")
+        raise UsageError(f"{path} is no bundle, no model folder, and no .safetensors, .onnx or .plan file.")
     return document, document
 
 
@@ -70,10 +75,11 @@ def _bundle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     bundle.verify()
     manifest = bundle.manifest
     rows = graph_rows(bundle)
-    engines: dict[str, dict[str, Any]] = {}
-    for engine in manifest.engines.values():
-        row = {"backend": engine.backend, "version": engine.version, "graphs": []}
-        engines.setdefault(engine.backend, row)["graphs"].append(engine.graph)
+    engines = engine_rows(bundle)
+    plans = [
+        {**row, "key": row["key"][:12], "runs_here": _runs_here(bundle, row["key"])} for row in engines if row["MB"]
+    ]
+    backends = {row["backend"]: row["version"] for row in engines}
     brief = {
         "kind": "bundle",
         "path": str(path),
@@ -85,12 +91,38 @@ def _bundle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "dtype": manifest.dtype,
         "opset": manifest.opset,
         "sizes": {axis: str(getattr(manifest.profile, axis)) for axis in ("batch", "height", "width")},
+        "shapes": [f"{height}x{width}" for height, width in manifest.profile.shapes] or "any of these",
         "built_with": manifest.versions,
         "graphs": [{**row, "inputs": len(row["inputs"]), "outputs": len(row["outputs"])} for row in rows],
-        "engines": list(engines.values()),
+        "backends": backends,
+        "islands": [{"graph": name, **island} for name, g in manifest.graphs.items() for island in g.islands],
+        "engines": plans or "the graphs themselves",
         "parity": parity_rows(manifest.parity) or "not checked",
     }
     return {"kind": "bundle", "path": str(path), "intact": True, **asdict(manifest)}, brief
+
+
+def _runs_here(bundle: Bundle, key: str) -> str:
+    """``yes``, or why the engine cannot run on this machine."""
+    from engines import registry
+    from icexport.bundle.engines import default_device, refusal
+
+    entry = bundle.manifest.engines[key]
+    state = registry.check(entry.backend)
+    if not state.usable:
+        return f"no: {state.reason}"
+    reason = refusal(bundle, key, entry, default_device(bundle, entry.backend)) if entry.report else ""
+    return f"no: {reason}" if reason else "yes"
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    """A TensorRT plan, by what was written down beside it: the plan itself can be read on its own kind of GPU only."""
+    from icexport.bundle.plans import REPORT_NAME
+
+    report = _json(path.parent / REPORT_NAME)
+    if not report:
+        raise UsageError(f"{path} has no {REPORT_NAME} beside it, so it is no plan of icexport.")
+    return {"kind": "plan", "path": str(path), "MB": path.stat().st_size / 1e6, **report}
 
 
 def _folder(path: Path) -> dict[str, Any]:

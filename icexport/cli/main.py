@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from icexport.cli import bench, build, check, convert, generate, inspect, train
+from icexport.cli import bench, build, check, convert, gc, generate, inspect, train
 from icexport.cli.command import Command
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ for function in (
     bench.bench,
     check.doctor,
     convert.convert,
+    gc.gc,
 ):
     app.command(cls=Command)(function)
 app.add_typer(train.app)

@@ -27,8 +27,8 @@ def _backend(name: str) -> str:
     return _known([name])[0]
 
 
-def _device(name: str) -> str:
-    if not _DEVICE.fullmatch(name):
+def _device(name: str | None) -> str | None:
+    if name is not None and not _DEVICE.fullmatch(name):
         raise typer.BadParameter(f"{name}: choose cpu, cuda or cuda:N.")
     return name
 
@@ -45,4 +45,21 @@ Backend = Annotated[
     str,
     typer.Option("--backend", metavar="NAME", callback=_backend, help="auto, or one that the bundle is built for."),
 ]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", callback=_device, help="cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        callback=_device,
+        help="cpu, cuda or cuda:N.  [default: cpu; cuda for TensorRT]",
+    ),
+]
+EngineStore = Annotated[
+    Path | None,
+    typer.Option(
+        "--engine-store",
+        metavar="DIR",
+        file_okay=False,
+        help="Where built engines are kept for other bundles.  [default: $ICEXPORT_CACHE, or the user's cache]",
+    ),
+]

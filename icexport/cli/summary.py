@@ -23,9 +23,15 @@ def graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def parity_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The worst output of each graph on each backend, from the results of the parity gate."""
-    rows = []
+    """The worst output of each graph on each backend, from the results of the parity gate.
+
+    A backend whose engines could not run where the gate ran has one row, with ``passed`` None.
+    """
+    rows: list[dict[str, Any]] = []
     for backend, graphs in results.items():
+        if not graphs:
+            columns = ("graph", "worst_output", "relative_error", "allowed_error", "cosine", "passed")
+            rows.append({"backend": backend, **dict.fromkeys(columns)})
         for graph, outputs in graphs.items():
             name, worst = max(outputs.items(), key=lambda item: (not item[1]["passed"], item[1]["relative_error"]))
             rows.append(
@@ -40,3 +46,22 @@ def parity_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def engine_rows(bundle: Bundle) -> list[dict[str, Any]]:
+    """What each engine is, what it was built for, and what the builder told of it."""
+    return [
+        {
+            "backend": entry.backend,
+            "graph": entry.graph,
+            "version": entry.version,
+            "device": entry.device,
+            "precision": entry.report.get("precision", {}),
+            "read_from": entry.report.get("read_from"),
+            "plugins": entry.report.get("plugins", []),
+            "MB": sum((bundle.path / file).stat().st_size for file in entry.files) / 1e6,
+            "seconds": entry.report.get("build_seconds"),
+            "key": key,
+        }
+        for key, entry in bundle.manifest.engines.items()
+    ]

@@ -1,7 +1,8 @@
 """Precision belongs to the export: which dtypes a graph has, which parts stay float32, and proof from the file.
 
-TensorRT 11 and TensorRT-RTX have no precision flags, so the ONNX file decides. ``fp16`` means weights and activations
-in float16, except for the islands below.
+TensorRT 11 and TensorRT-RTX have no precision flags, so the ONNX file decides. ``fp16`` and ``bf16`` mean weights and
+activations in that type, except for the islands below, which every graph has, and in ``fp16`` for those that
+``icexport.export.mixed`` finds necessary for one model.
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ import torch
 
 from icexport.errors import ExportError, UsageError
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 FP32_ISLANDS = {
     "timestep sinusoids": "float16 cannot hold 999 times the smallest frequency exactly enough; cast after them",
     "normalisation statistics": "sums of squares overflow float16; GroupNormalization and LayerNormalization keep "
     "stash_type 1 (float32) and every engine honours it",
 }
-"""Parts of an fp16 graph that compute in float32, each with its reason."""
+"""Parts of every fp16 or bf16 graph that compute in float32, each with its reason."""
 
 _FLOATS = ("bfloat16", "double", "float", "float16")
-_ONNX_FLOATS = {"fp32": "float", "fp16": "float16"}
+_ONNX_FLOATS = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
+
+WIDE = ".fp32"
+"""Suffix of the float32 twin of a float16 value or weight, in the islands that ``icexport.export.mixed`` makes."""
+
 _ISLAND_ELEMENTS = 4096
 """A constant of another float type above this size is a weight that was left behind, not an island's table."""
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
-    """The torch dtype of ``fp32`` or ``fp16``.
+    """The torch dtype of ``fp32``, ``fp16`` or ``bf16``.
 
     Raises:
         UsageError: another name.
@@ -45,7 +50,8 @@ def read_precision(path: Path, dtype: str) -> dict[str, int]:
     """Number of weights of each element type in an ONNX file, after checking them against ``dtype``.
 
     Raises:
-        ExportError: the file holds weights of another float type, or normalises with float16 statistics.
+        ExportError: the file holds weights of another float type that belong to no island, or normalises with
+            statistics of low precision.
     """
     model = onnx.load(path, load_external_data=False)
     counts: Counter[str] = Counter()
@@ -54,7 +60,8 @@ def read_precision(path: Path, dtype: str) -> dict[str, int]:
         name = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
         elements = math.prod(tensor.dims)
         counts[name] += elements
-        if name in _FLOATS and name != _ONNX_FLOATS[dtype] and elements > _ISLAND_ELEMENTS:
+        in_island = dtype == "fp16" and name == "float" and tensor.name.endswith(WIDE)
+        if name in _FLOATS and name != _ONNX_FLOATS[dtype] and elements > _ISLAND_ELEMENTS and not in_island:
             strays.append(f"{tensor.name} ({name}, {elements} elements)")
     for node in model.graph.node:
         if node.op_type in ("GroupNormalization", "LayerNormalization"):

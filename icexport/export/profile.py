@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from icexport.errors import UsageError
 
 _RANGE = re.compile(r"(\d+)(?::(\d+):(\d+))?")
+_SHAPE = re.compile(r"(\d+)x(\d+)")
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,57 @@ class SizeRange:
 
 @dataclass(frozen=True)
 class Profile:
-    """Sizes of a bundle: ``batch`` in pictures (guidance doubles it inside), ``height`` and ``width`` in pixels."""
+    """Sizes of a bundle.
+
+    Attributes:
+        batch: pictures in one call; guidance doubles it inside.
+        height: pixels.
+        width: pixels.
+        shapes: (height, width) of every allowed picture, inside the two ranges; empty: all of the ranges is allowed.
+    """
 
     batch: SizeRange
     height: SizeRange
     width: SizeRange
+    shapes: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Mapping[str, int]]) -> Profile:
-        """The inverse of ``to_json``."""
-        return cls(**{axis: SizeRange(**data[axis]) for axis in ("batch", "height", "width")})
+    def of_shapes(cls, batch: SizeRange, texts: Sequence[str]) -> Profile:
+        """Read several sizes such as ``512x512`` and ``768x512`` (height x width); the first is the usual one.
 
-    def to_json(self) -> dict[str, dict[str, int]]:
+        Raises:
+            UsageError: a text has another form.
+        """
+        matches = [_SHAPE.fullmatch(text) for text in texts]
+        wrong = [text for text, match in zip(texts, matches, strict=True) if not match]
+        if wrong:
+            raise UsageError(f"--shape {', '.join(wrong)}: give HEIGHTxWIDTH in pixels, for instance 512x768.")
+        shapes = tuple(dict.fromkeys((int(m[1]), int(m[2])) for m in matches if m))
+        height, width = (SizeRange(min(side), side[0], max(side)) for side in zip(*shapes, strict=True))
+        return cls(batch, height, width, shapes if len(shapes) > 1 else ())
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Profile:
+        """The inverse of ``to_json``."""
+        ranges = {axis: SizeRange(**data[axis]) for axis in ("batch", "height", "width")}
+        return cls(**ranges, shapes=tuple((height, width) for height, width in data.get("shapes", ())))
+
+    def to_json(self) -> dict[str, Any]:
         """A plain dictionary for the manifest."""
-        return asdict(self)
+        return {**asdict(self), "shapes": [list(shape) for shape in self.shapes]}
+
+    def check_shape(self, height: int, width: int) -> None:
+        """Refuse a size that is in the ranges, but not in the list of sizes.
+
+        Raises:
+            UsageError: naming the sizes that are allowed.
+        """
+        if self.shapes and (height, width) not in self.shapes:
+            known = ", ".join(f"{h}x{w}" for h, w in self.shapes)
+            raise UsageError(
+                f"height {height}, width {width}: this bundle takes {known} (height x width). Choose one of them, or "
+                f"build with --shape {height}x{width}, too."
+            )
 
     def check_multiple(self, multiple: int) -> None:
         """Refuse sizes that the UNet cannot halve evenly at every level.
@@ -73,8 +112,9 @@ class Profile:
         Raises:
             UsageError: a height or width is not a multiple of ``multiple`` pixels; the nearest ones are named.
         """
-        for axis in ("height", "width"):
-            for value in sorted({*asdict(getattr(self, axis)).values()}):
+        for index, axis in enumerate(("height", "width")):
+            listed = {shape[index] for shape in self.shapes}
+            for value in sorted({*asdict(getattr(self, axis)).values(), *listed}):
                 if value % multiple:
                     near = sorted({max(multiple, value // multiple * multiple), -(-value // multiple) * multiple})
                     raise UsageError(
@@ -92,7 +132,10 @@ class Profile:
         }
 
     def corners(self) -> Iterator[tuple[int, int, int]]:
-        """(pictures, height, width) at the smallest, usual and largest size, and a flat one if sizes may vary."""
+        """(pictures, height, width) of every listed size, or at the smallest, usual and largest, and a flat one."""
         batch, height, width = self.batch, self.height, self.width
+        if self.shapes:
+            yield from dict.fromkeys((n, *shape) for shape in self.shapes for n in (batch.min, batch.max))
+            return
         points = [(getattr(batch, p), getattr(height, p), getattr(width, p)) for p in ("min", "opt", "max")]
         yield from dict.fromkeys([*points, (batch.opt, height.min, width.max)])

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -38,14 +39,18 @@ def first_bad_layer(path: Path, graph: Graph, case: Case, allowed: float) -> str
     Returns:
         For instance ``unet.mid_block.resnets.0.conv1``; None if every module alone is within bounds.
     """
-    model = onnx.load(path, load_external_data=False)
+    return first_bad_module(onnx.load(path, load_external_data=False), path.parent, graph, case, allowed)
+
+
+def first_bad_module(model: onnx.ModelProto, folder: Path, graph: Graph, case: Case, allowed: float) -> str | None:
+    """``first_bad_layer`` for a model in memory, whose weights lie in ``folder``."""
     values = module_outputs(model)
     names = list(values)
     for start in range(0, len(names), _PORTION):
         portion = names[start : start + _PORTION]
         expected = _record(graph.module, [case.inputs[spec.name] for spec in graph.inputs], portion)
         wanted = list(dict.fromkeys(values[name] for name in expected))
-        found = _run(model, wanted, case.inputs, path.parent) if wanted else {}
+        found = _run(model, wanted, case.inputs, folder) if wanted else {}
         for name in portion:
             if name in expected and _differ(found[values[name]], expected[name], allowed):
                 return name
@@ -62,10 +67,9 @@ def module_outputs(model: onnx.ModelProto) -> dict[str, str]:
     place: dict[str, int] = {}
     uses: list[tuple[tuple[str, ...], str]] = [((), output.name) for output in model.graph.output]
     for index, node in enumerate(model.graph.node):
-        text = next((p.value for p in node.metadata_props if p.key == _SCOPES), "[]")
-        scopes = tuple(s for s in ast.literal_eval(text)[:-1] if s)
-        uses += [(scopes, name) for name in node.input]
-        made_by |= dict.fromkeys(node.output, scopes)
+        within = scopes(node)
+        uses += [(within, name) for name in node.input]
+        made_by |= dict.fromkeys(node.output, within)
         place |= dict.fromkeys(node.output, index)
     leaving: dict[str, set[str]] = {}
     for user, name in uses:
@@ -74,6 +78,12 @@ def module_outputs(model: onnx.ModelProto) -> dict[str, str]:
                 leaving.setdefault(scope, set()).add(name)
     single = {scope: next(iter(names)) for scope, names in leaving.items() if len(names) == 1}
     return dict(sorted(single.items(), key=lambda item: (place[item[1]], -item[0].count("."))))
+
+
+def scopes(node: onnx.NodeProto) -> tuple[str, ...]:
+    """Paths of the modules that a node belongs to, the outermost first; empty for a node that the tool added."""
+    text = next((p.value for p in node.metadata_props if p.key == _SCOPES), "[]")
+    return tuple(path for path in ast.literal_eval(text)[:-1] if path)
 
 
 def _record(module: nn.Module, inputs: list[Tensor], names: Iterable[str]) -> dict[str, Tensor]:
@@ -93,7 +103,23 @@ def _record(module: nn.Module, inputs: list[Tensor], names: Iterable[str]) -> di
 
 
 def _run(model: onnx.ModelProto, values: list[str], inputs: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Run a copy of the model whose outputs are inner values; its weights lie in ``folder``."""
+    """Inner values of a graph whose weights lie in ``folder``."""
+    found = run_session(open_session(model, values, folder), inputs)
+    return {name: torch.from_numpy(value) for name, value in zip(values, found, strict=True)}
+
+
+def open_session(
+    model: onnx.ModelProto, values: list[str], folder: Path, *, frugal: bool = False
+) -> onnxruntime.InferenceSession:
+    """A session on a copy of the model whose outputs are ``values``; its weights lie in ``folder``.
+
+    Args:
+        model: the graph without its weights.
+        values: names of values in it.
+        folder: where its weights are.
+        frugal: keep the graph as it is and run the nodes in their order, which needs little memory if many values are
+            read on the way: by itself, ONNX Runtime computes the last one first and keeps everything until then.
+    """
     cut = onnx.ModelProto()
     cut.CopyFrom(model)
     del cut.graph.output[:]
@@ -101,8 +127,18 @@ def _run(model: onnx.ModelProto, values: list[str], inputs: Mapping[str, Tensor]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    session = onnxruntime.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    if frugal:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False
+    return onnxruntime.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> list[np.ndarray]:
+    """The session's outputs on float32 inputs, which become float16 where the graph takes that."""
     halves = {node.name for node in session.get_inputs() if node.type == "tensor(float16)"}
     fed = {node.name: inputs[node.name] for node in session.get_inputs()}
-    found = session.run(values, {name: (t.half() if name in halves else t).numpy() for name, t in fed.items()})
-    return {name: torch.from_numpy(value) for name, value in zip(values, found, strict=True)}
+    found: list[np.ndarray] = session.run(
+        None, {name: (t.half() if name in halves else t).numpy() for name, t in fed.items()}
+    )
+    return found

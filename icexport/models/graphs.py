@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -22,6 +22,9 @@ from icexport.errors import UnsupportedOptionError
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.sizes import latent_multiple, residual_channels, vae_factor
 from icexport.models.taps import Taps
+
+if TYPE_CHECKING:
+    from icexport.models.fused_probe import FusedProbe
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class UNetGraph(nn.Module):
 class ProbeGraph(nn.Module):
     """``taps…, time_embedding`` to ``reading``, the control map as the features show it."""
 
-    def __init__(self, probe: InnerControlProbe) -> None:
+    def __init__(self, probe: InnerControlProbe | FusedProbe) -> None:
         super().__init__()
         self.probe = probe
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from engines.base import Engine
 from icexport.errors import UnsupportedOptionError
 from icexport.models.sizes import residual_channels
+from icexport.runtime.step import Deferred, StepGraphs
 
 
 class EngineModule(nn.Module):
@@ -97,7 +98,9 @@ class EngineControlNet(ControlNetModel):  # type: ignore[misc]
         nn.Module.__init__(self)  # not ControlNetModel's, which would build the network
         self.register_to_config(**{k: v for k, v in config.items() if not k.startswith("_")})
         self.engine = engine
+        self.graphs: StepGraphs | None = None
         self._residuals = residual_channels(config)
+        self._scales: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,33 +121,43 @@ class EngineControlNet(ControlNetModel):  # type: ignore[misc]
         conditioning_scale: float = 1.0,
         guess_mode: bool = False,
         return_dict: bool = False,
-    ) -> tuple[list[Tensor], Tensor]:
-        """Down residuals and the middle one, scaled. A scale of 0 (outside of the guidance window) runs no engine."""
+    ) -> tuple[list[Tensor], Tensor | Deferred]:
+        """Down residuals and the middle one, scaled. A scale of 0 (outside of the guidance window) runs no engine.
+
+        With ``graphs`` the UNet's stand-in computes them, except in guess mode: the pipeline changes them on the way.
+        """
         batch, _, height, width = sample.shape
         if conditioning_scale == 0:
             zeros = [sample.new_zeros(batch, c, height // s, width // s) for c, s in self._residuals]
             return zeros[:-1], zeros[-1]
-        count = len(self._residuals)
-        # Guess mode, as ControlNetModel.forward has it: from a tenth at the first residual to all at the last.
-        weights = torch.logspace(-1, 0, count) if guess_mode else torch.ones(count)
-        scale = (weights * conditioning_scale).expand(batch, count).to(sample.device, sample.dtype)
-        found = self.engine(
-            {
-                "sample": sample,
-                "timestep": as_timestep(timestep, sample.device),
-                "prompt_embeds": encoder_hidden_states,
-                "control_map": controlnet_cond.to(sample.dtype),
-                "residual_scale": scale,
-            }
-        )
-        *down, mid = found.values()
+        inputs = {
+            "sample": sample,
+            "timestep": as_timestep(timestep, sample.device),
+            "prompt_embeds": encoder_hidden_states,
+            "control_map": controlnet_cond.to(sample.dtype),
+            "residual_scale": self._scale(sample, conditioning_scale, guess_mode),
+        }
+        if self.graphs is not None and not guess_mode:
+            return [], Deferred(inputs)
+        *down, mid = self.engine(inputs).values()
         return down, mid
+
+    def _scale(self, sample: Tensor, conditioning_scale: float, guess_mode: bool) -> Tensor:
+        """``residual_scale [B,R]``; kept, for a copy to the device in every step would wait for it."""
+        batch, count = len(sample), len(self._residuals)
+        key = (batch, conditioning_scale, guess_mode, sample.dtype, sample.device)
+        if key not in self._scales:
+            # Guess mode, as ControlNetModel.forward has it: from a tenth at the first residual to all at the last.
+            weights = torch.logspace(-1, 0, count) if guess_mode else torch.ones(count)
+            self._scales[key] = (weights * conditioning_scale).expand(batch, count).to(sample.device, sample.dtype)
+        return self._scales[key]
 
 
 class EngineUNet(EngineModule):
     """``UNet2DConditionModel`` for the denoising loop; hands taps to ``observer`` when there is one."""
 
     observer: Callable[[Tensor, dict[str, Tensor]], None] | None = None
+    graphs: StepGraphs | None = None
 
     def forward(
         self,
@@ -152,7 +165,7 @@ class EngineUNet(EngineModule):
         timestep: Tensor | float,
         encoder_hidden_states: Tensor,
         down_block_additional_residuals: Sequence[Tensor],
-        mid_block_additional_residual: Tensor,
+        mid_block_additional_residual: Tensor | Deferred,
         timestep_cond: Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         added_cond_kwargs: dict[str, Any] | None = None,
@@ -161,9 +174,14 @@ class EngineUNet(EngineModule):
         """``(noise_pred,)``. The last three are always None here: the pipeline refuses the options behind them."""
         time = as_timestep(timestep, sample.device)
         inputs = {"sample": sample, "timestep": time, "prompt_embeds": encoder_hidden_states}
-        inputs |= {f"down_residual_{i}": r for i, r in enumerate(down_block_additional_residuals)}
-        inputs["mid_residual"] = mid_block_additional_residual
-        found = self.engine(inputs, None if self.observer else ["noise_pred"])
+        deferred = None
+        if isinstance(mid_block_additional_residual, Deferred):
+            deferred = mid_block_additional_residual
+        else:
+            inputs |= {f"down_residual_{i}": r for i, r in enumerate(down_block_additional_residuals)}
+            inputs["mid_residual"] = mid_block_additional_residual
+        wanted = None if self.observer else ["noise_pred"]
+        found = self.graphs(inputs, deferred, wanted) if self.graphs else self.engine(inputs, wanted)
         if self.observer:
             self.observer(time, found)
         return (found["noise_pred"],)

@@ -52,6 +52,7 @@ class FidelityMonitor:
         control_range: of the probe.
         normaliser: of the probe.
         steps: 0-based UNet calls to read; None: every one.
+        kernels: sum up with ``torch.ops.icexport.fidelity_reduce``, which makes no map of the control map's size.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class FidelityMonitor:
         control_range: tuple[float, float],
         normaliser: Normaliser,
         steps: Collection[int] | None = None,
+        kernels: bool = False,
     ) -> None:
         self._probe = probe
         self._taps = [f"tap_{i}" for i in range(taps)]
@@ -69,6 +71,7 @@ class FidelityMonitor:
         self._range = control_range
         self._normaliser = normaliser
         self._steps = steps
+        self._mean_error = self._reduce if kernels else self._mean
         self._calls = 0
         self._indices: list[int] = []
         self._errors: list[Tensor] = []
@@ -97,7 +100,16 @@ class FidelityMonitor:
         self._last = normalise(reading, self._range, self._normaliser)
         self._indices.append(index)
         self._times.append(timestep)
-        self._errors.append(self._difference(self._last).square().mean((1, 2, 3)))
+        self._errors.append(self._mean_error(self._last))
+
+    def _mean(self, reading: Tensor) -> Tensor:
+        """Mean squared error ``[b]``."""
+        return self._difference(reading).square().mean((1, 2, 3))
+
+    def _reduce(self, reading: Tensor) -> Tensor:
+        """``_mean``, by one kernel."""
+        sums: Tensor = torch.ops.icexport.fidelity_reduce(reading, self._control)
+        return sums[:, 1] / self._control[0].numel()
 
     def _difference(self, reading: Tensor) -> Tensor:
         """Reading minus control map at the control map's size, ``[b,3,H,W]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
 from icexport import conditions
-from icexport.bundle.engines import choose_backend, load_engine
+from icexport.bundle.engines import choose_backend, default_device, load_engine, load_probe_kernels, make_scratch
 from icexport.bundle.store import Bundle
 from icexport.errors import UnsupportedOptionError, UsageError
 from icexport.export.profile import Profile
@@ -24,6 +25,7 @@ from icexport.models.sizes import size_multiple
 from icexport.runtime.components import EngineControlNet, EngineTextEncoder, EngineUNet, EngineVae
 from icexport.runtime.monitor import FidelityMonitor
 from icexport.runtime.outputs import FidelityReport, InnerControlPipelineOutput
+from icexport.runtime.step import StepGraphs
 
 _UNSUPPORTED = {
     "ip_adapter_image": "IP-Adapters add attention layers that the exported UNet does not have",
@@ -54,40 +56,54 @@ class InnerControlPipeline(StableDiffusionControlNetPipeline):  # type: ignore[m
         bundle: str | Path | Bundle,
         *,
         backend: str = "auto",
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         safety_checker: StableDiffusionSafetyChecker | None = None,
+        cuda_graph: bool = False,
+        probe_kernels: bool = False,
     ) -> InnerControlPipeline:
         """Load a bundle; the hash of every file that is used is checked.
 
         Args:
             bundle: a bundle or its folder.
             backend: ``auto`` or one that the bundle was built for.
-            device: ``cpu``, ``cuda`` or ``cuda:<i>``.
+            device: ``cpu``, ``cuda`` or ``cuda:<i>``; None: ``cuda`` if the backend runs nowhere else, else ``cpu``.
             safety_checker: a checker to run on the pictures, in PyTorch; needs a bundle with a feature extractor.
+            cuda_graph: launch ControlNet and UNet of a step at once; for the backends ``tensorrt``, ``tensorrt-rtx``
+                and ``torch`` on a GPU.
+            probe_kernels: read the control with the Triton kernels of ``engines.kernels`` instead of the backend's
+                probe engine; on a GPU.
 
         Raises:
             BundleError: no bundle, damaged, of a newer schema, or not built for the backend.
             BackendUnavailableError: the backend cannot run on the device.
+            UnsupportedOptionError: ``cuda_graph`` or ``probe_kernels`` is not possible here.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+        device = device or default_device(bundle, backend)
         name = choose_backend(bundle, backend, device)
         configs = bundle.manifest.configs
+        load = functools.partial(load_engine, bundle, backend=name, device=device, scratch=make_scratch(name, device))
         pipe = cls(
-            vae=EngineVae(load_engine(bundle, "vae_decoder", name, device), configs["vae"]),
-            text_encoder=EngineTextEncoder(load_engine(bundle, "text_encoder", name, device), configs["text_encoder"]),
+            vae=EngineVae(load("vae_decoder"), configs["vae"]),
+            text_encoder=EngineTextEncoder(load("text_encoder"), configs["text_encoder"]),
             tokenizer=CLIPTokenizer.from_pretrained(bundle.folder("tokenizer")),
-            unet=EngineUNet(load_engine(bundle, "unet", name, device), configs["unet"]),
-            controlnet=EngineControlNet(load_engine(bundle, "controlnet", name, device), configs["controlnet"]),
+            unet=EngineUNet(load("unet"), configs["unet"]),
+            controlnet=EngineControlNet(load("controlnet"), configs["controlnet"]),
             scheduler=load_scheduler(bundle),
             safety_checker=safety_checker,
             feature_extractor=_load_feature_extractor(bundle),
             requires_safety_checker=safety_checker is not None,
         )
         pipe.bundle, pipe.backend = bundle, name
-        pipe._probe = load_engine(bundle, "probe", name, device) if "probe" in bundle.manifest.graphs else None
+        pipe._options = {"cuda_graph": cuda_graph, "probe_kernels": probe_kernels}
+        if "probe" in bundle.manifest.graphs:
+            pipe._probe = load_probe_kernels(bundle, device) if probe_kernels else load("probe")
+        if cuda_graph:
+            pipe.unet.graphs = pipe.controlnet.graphs = StepGraphs(pipe.controlnet.engine, pipe.unet.engine)
         pipe.condition = conditions.get(bundle.manifest.condition["name"])
         return pipe
 
+    _options: dict[str, bool]
     _probe: Any = None
     _can_score = False
 
@@ -105,7 +121,7 @@ class InnerControlPipeline(StableDiffusionControlNetPipeline):  # type: ignore[m
             )
         if device is None or torch.device(device) == self.device:
             return self
-        moved = type(self).from_pretrained(self.bundle, backend=self.backend, device=device)
+        moved = type(self).from_pretrained(self.bundle, backend=self.backend, device=device, **self._options)
         for name in ("vae", "text_encoder", "unet", "controlnet"):
             self.register_modules(**{name: getattr(moved, name)})
         self._probe = moved._probe
@@ -308,6 +324,7 @@ class InnerControlPipeline(StableDiffusionControlNetPipeline):  # type: ignore[m
                 )
             if axis != "batch" and value % multiple:
                 raise UsageError(f"{axis} {value}: this model needs multiples of {multiple} pixels.")
+        profile.check_shape(maps.shape[2], maps.shape[3])
         return maps
 
     def _monitor(self, control_maps: Tensor, steps: bool | Collection[int]) -> FidelityMonitor:
@@ -319,6 +336,7 @@ class InnerControlPipeline(StableDiffusionControlNetPipeline):  # type: ignore[m
             config.control_range,
             config.normaliser,
             None if isinstance(steps, bool) else steps,
+            kernels=self._options["probe_kernels"],
         )
 
     def _report(self, scores: list[float] | None, monitor: FidelityMonitor | None) -> FidelityReport:

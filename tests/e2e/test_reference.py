@@ -7,49 +7,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-from filelock import FileLock
-from PIL import Image, ImageDraw
 
 import icexport
 from icexport.fidelity.control import psnr
 from icexport.runtime.pipeline import scheduler_class
-
-PROMPTS = ("a red heart", "a green tree", "a blue book", "a yellow star")
-
-
-def drawing(index: int) -> Image.Image:
-    """A simple shape on white, drawn large and made small as an icon is."""
-    picture = Image.new("RGB", (256, 256), "white")
-    pen = ImageDraw.Draw(picture)
-    if index == 0:
-        pen.polygon(
-            [(128, 230), (30, 120), (30, 70), (80, 35), (128, 75), (176, 35), (226, 70), (226, 120)], fill="red"
-        )
-    elif index == 1:
-        pen.rectangle((110, 160, 146, 240), fill="brown")
-        pen.polygon([(128, 15), (40, 165), (216, 165)], fill="green")
-    elif index == 2:
-        pen.rectangle((50, 30, 206, 226), fill="blue")
-        pen.rectangle((80, 60, 176, 100), fill="white")
-    else:
-        points = [(128, 15), (158, 95), (245, 98), (176, 150), (200, 235), (128, 185)]
-        pen.polygon([*points, (56, 235), (80, 150), (11, 98), (98, 95)], fill="gold")
-    return picture.resize((64, 64), Image.Resampling.LANCZOS)
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> icexport.Bundle:
-    """The reference bundle, built once for all test processes."""
-    folder = tmp_path_factory.getbasetemp().parent / "reference-bundle"
-    with FileLock(f"{folder}.lock"):
-        return icexport.build("canny", output=folder)
-
-
-@pytest.fixture(scope="session")
-def pipe(bundle: icexport.Bundle) -> icexport.InnerControlPipeline:
-    found = icexport.InnerControlPipeline.from_pretrained(bundle)
-    found.set_progress_bar_config(disable=True)
-    return found
+from tests.e2e.drawings import PROMPTS, generators
 
 
 @pytest.fixture(scope="session")
@@ -59,18 +21,6 @@ def reference_pipe() -> StableDiffusionControlNetPipeline:
     found = StableDiffusionControlNetPipeline.from_pretrained(folder, controlnet=controlnet, safety_checker=None)
     found.set_progress_bar_config(disable=True)
     return found
-
-
-@pytest.fixture(scope="session")
-def control_maps() -> torch.Tensor:
-    canny = icexport.conditions.get("canny")
-    maps = [canny.extract(drawing(i)) for i in range(len(PROMPTS))]
-    pixels = torch.stack([torch.tensor(list(m.getdata())).view(64, 64, 3).permute(2, 0, 1) for m in maps])
-    return pixels.float() / 255
-
-
-def generators() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
 
 
 def test_the_model_is_small_enough_and_free_of_pickles() -> None:

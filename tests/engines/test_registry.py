@@ -18,18 +18,19 @@ BOTH = Availability(True, "3.4", "", "", ("cpu", "cuda"))
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **availability: Availability) -> None:
-    monkeypatch.setattr(registry, "check", lambda name: availability[name])
+    monkeypatch.setattr(registry, "check", lambda name: availability.get(name, ABSENT))
 
 
 def test_every_backend_answers_here() -> None:
     for name in registry.BACKENDS:
-        assert registry.check(name).usable
-    assert registry.available() == ("onnxruntime", "torch")
+        found = registry.check(name)
+        assert found.usable or (found.reason and found.fix)
+    assert registry.available()[-2:] == ("onnxruntime", "torch")
 
 
 def test_unknown_names_list_the_known_ones() -> None:
     for ask in (registry.check, registry.resolve):
-        with pytest.raises(ValueError, match=r"'openvino'.*onnxruntime, torch"):
+        with pytest.raises(ValueError, match=r"'openvino'.*tensorrt-rtx, onnxruntime, torch"):
             ask("openvino")
 
 
@@ -38,7 +39,8 @@ def test_a_module_that_cannot_be_imported_is_an_answer(monkeypatch: pytest.Monke
     availability = registry.check("onnxruntime")
     assert not availability.usable
     assert "engines.onnxruntime" in availability.reason
-    assert registry.available() == ("torch",)
+    assert registry.available()[-1] == "torch"
+    assert "onnxruntime" not in registry.available()
 
 
 def test_auto_logs_its_choice_and_what_it_passed_over(
@@ -57,6 +59,22 @@ def test_a_named_backend_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> N
     assert registry.resolve("torch", "cuda:0") == "torch"
     with pytest.raises(errors.BackendUnavailableError, match=r"onnxruntime.*not installed.*pip install it"):
         registry.resolve("onnxruntime")
+
+
+def test_auto_takes_only_what_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, tensorrt=BOTH, onnxruntime=BOTH, torch=BOTH)
+    assert registry.resolve("auto", "cuda") == "tensorrt"
+    assert registry.resolve("auto", "cuda", ["onnxruntime", "torch"]) == "onnxruntime"
+
+
+def test_building_for_another_machine_is_not_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = Availability(False, "1.7", "no GPU", "Get one", (), cross_builds=True)
+    assert builder.builds
+    assert BOTH.builds
+    assert not ABSENT.builds
+    pretend(monkeypatch, **{"tensorrt-rtx": builder})
+    with pytest.raises(errors.BackendUnavailableError, match="no GPU"):
+        registry.resolve("tensorrt-rtx", "cuda")
 
 
 def test_auto_without_any_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from engines.errors import BackendUnavailableError
 from icexport.build_spec import BuildSpec, check_fit, plan
+from icexport.bundle.plans import PlanOptions
 from icexport.errors import CheckpointError, ConditionError, UsageError
 from icexport.export.profile import SizeRange
 from icexport.models.loading import ModelSource
@@ -59,9 +60,26 @@ def test_backends_are_resolved_once(tiny_model: Path) -> None:
     ("options", "error", "message"),
     [
         ({"cond": "kanny"}, ConditionError, "no condition 'kanny'.*canny, hed, lineart, depth"),
-        ({"backend": "onnx"}, UsageError, "--backend onnx: choose auto or onnxruntime, torch"),
-        ({"backend": ["torch", "tensorrt"]}, UsageError, "--backend tensorrt"),
-        ({"dtype": "int8"}, UsageError, "--dtype int8: choose fp32 or fp16"),
+        ({"backend": "onnx"}, UsageError, "--backend onnx: choose auto or tensorrt, .*onnxruntime, torch"),
+        ({"plans": PlanOptions(targets=(86,))}, UsageError, "--target-sm is for --backend tensorrt-rtx"),
+        (
+            {"plans": PlanOptions(targets=(86, 90)), "backend": "tensorrt-rtx"},
+            UsageError,
+            "--target-sm 90: TensorRT-RTX builds for 75, .*121. .*Hopper",
+        ),
+        ({"plans": PlanOptions(optimization_level=6)}, UsageError, "--optimization-level 6: choose 0 to 5"),
+        ({"dtype": "bf16", "backend": "torch", "opset": 21}, UsageError, "--opset 21: bfloat16 .* need 22"),
+        (
+            {"dtype": "bf16", "opset": None, "backend": "tensorrt-rtx", "plans": PlanOptions(targets=(75, 86))},
+            UsageError,
+            "--target-sm 75: has no bfloat16",
+        ),
+        ({"dtype": "bf16", "opset": None}, UsageError, "no bfloat16 kernels.*--backend torch, tensorrt"),
+        ({"backend": "tensorrt"}, BackendUnavailableError, "'tensorrt' cannot build here: .*pip install"),
+        ({"shapes": ["16x16"], "height": 16}, UsageError, "leave --height and --width out"),
+        ({"shapes": ["16x16", "16by32"]}, UsageError, "--shape 16by32: give HEIGHTxWIDTH"),
+        ({"shapes": ["16x16", "16x18", "16x32"]}, UsageError, "--width 18: .*multiples of 4"),
+        ({"dtype": "int8"}, UsageError, "--dtype int8: choose fp32 or fp16 or bf16"),
         ({"opset": 17}, UsageError, "--opset 17: choose one of 18, .*23"),
         ({"opset": 24}, UsageError, "--opset 24"),
         ({"height": "18"}, UsageError, "--height 18: .*multiples of 4 pixels. Nearest: 16 or 20"),
@@ -169,7 +187,7 @@ def test_a_unet_config_that_makes_no_sense(copy: Path) -> None:
         check_fit(ModelSource.find("canny", str(copy)))
 
 
-def test_a_backend_that_cannot_run_here(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_build_here(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from engines import registry
     from engines.base import Availability
 

@@ -14,13 +14,16 @@ import torch
 import icexport
 from icexport import builder
 from icexport.build_spec import BuildSpec, graphs
+from icexport.bundle.engine_store import EngineStore
 from icexport.bundle.engines import save_torch
 from icexport.bundle.manifest import EngineEntry, GraphEntry
 from icexport.bundle.store import Bundle, hash_files
+from icexport.bundle_writer import BundleWriter
 from icexport.errors import BundleError, CheckpointError, UsageError
 from icexport.export.onnx import export_graph
 from icexport.models.graphs import ControlNetGraph, Graph, probe_graph, unet_graph
 from icexport.models.loading import ModelSource
+from icexport.progress import silent
 
 BACKENDS = ["onnxruntime", "torch"]
 
@@ -31,7 +34,7 @@ def times(folder: Path) -> dict[str, int]:
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "_write", lambda *_args: pytest.fail("started the long work"))
+    monkeypatch.setattr(BundleWriter, "write", lambda _self: pytest.fail("started the long work"))
 
 
 def test_contents(tiny_bundle: Path, tiny_model: Path) -> None:
@@ -89,7 +92,7 @@ def test_damaged_or_other_bundles_are_built_again(
 
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     before = times(copy)
-    monkeypatch.setattr(builder, "_write", start)
+    monkeypatch.setattr(BundleWriter, "write", start)
     options: dict[str, Any] = {"option": {"opset": 22}, "force": {"force": True}}.get(change, {})
     if change == "damage":
         (copy / "graphs" / "probe.onnx").unlink()
@@ -151,11 +154,12 @@ def test_two_controlnets_of_one_architecture_have_two_engines(
     copy = Path(shutil.copytree(tiny_bundle / "graphs", tmp_path / "graphs")).parent
     data = bytearray((copy / "graphs/controlnet.onnx.data").read_bytes())
     data[100] ^= 1
-    spec: Any = SimpleNamespace(profile=manifest.profile, dtype="fp32")
+    spec = BuildSpec(source, ("onnxruntime",), "fp32", 21, manifest.profile, False)
+    writer = BundleWriter(spec, "key", copy, EngineStore(tmp_path / "store"), silent)
 
-    (same,) = builder._engine(graph, entry, "onnxruntime", copy, spec)
+    (same,) = writer._engine(graph, entry, "onnxruntime")
     (copy / "graphs/controlnet.onnx.data").write_bytes(data)
-    (other,) = builder._engine(graph, entry, "onnxruntime", copy, spec)
+    (other,) = writer._engine(graph, entry, "onnxruntime")
 
     assert manifest.engines[same] == EngineEntry("controlnet", "onnxruntime", manifest.versions["onnxruntime"])
     assert other not in manifest.engines
@@ -211,7 +215,7 @@ def test_a_failure_in_the_middle_leaves_the_bundle(
     def full(*_args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(builder, "_export", full)
+    monkeypatch.setattr(BundleWriter, "_export", full)
     with pytest.raises(BundleError, match="No space left on device.*earlier bundle is untouched"):
         icexport.build("canny", model=str(tiny_model), backend=BACKENDS, output=copy, force=True)
 

@@ -17,7 +17,7 @@ from icexport.bundle.manifest import (
     Manifest,
     describe,
     digest,
-    engine_key,
+    key_parts,
 )
 from icexport.errors import BundleError, DamagedBundleError, SchemaError
 from icexport.export.profile import Profile, SizeRange
@@ -172,11 +172,10 @@ def test_engine_key_depends_on_every_part() -> None:
         "version": "1",
         "device": "NVIDIA L4 (8, 9)",
         "kernels": "",
+        "options": {"optimization_level": 3},
     }
     other_profile = Profile(PROFILE.batch, PROFILE.height, PROFILE.height)
-    keys = {
-        engine_key(**(parts | {name: other_profile if name == "profile" else f"{value}x"}))
-        for name, value in parts.items()
-    }
+    changed = {"profile": other_profile, "options": {"optimization_level": 5}}
+    keys = {digest(key_parts(**(parts | {name: changed.get(name, f"{value}x")}))) for name, value in parts.items()}
 
-    assert len(keys | {engine_key(**parts)}) == len(parts) + 1
+    assert len(keys | {digest(key_parts(**parts))}) == len(parts) + 1

@@ -29,6 +29,12 @@ def test_a_missing_chart_library_is_told_before_the_work(icexport, monkeypatch, 
     assert "icexport[report]" in run.stderr
 
 
+def test_a_graph_that_is_not_possible_is_an_error(icexport, tiny_bundle: Path) -> None:
+    run = icexport("bench", tiny_bundle, *SHORT, "--cuda-graph")
+    assert run.exit_code == 2
+    assert "onnxruntime on cpu cannot be captured" in run.stderr
+
+
 @pytest.mark.parametrize("args", [("--iterations", "0"), ("--warmup", "-1"), ("--batch-size", "9")])
 def test_wrong_counts(icexport, tiny_bundle: Path, args: tuple[str, str]) -> None:
     assert icexport("bench", tiny_bundle, *args).exit_code == 2

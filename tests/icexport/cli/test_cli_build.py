@@ -12,6 +12,7 @@ import pytest
 
 from icexport import builder, verification
 from icexport.bundle.store import Bundle, hash_files
+from icexport.bundle_writer import BundleWriter
 from icexport.cli import build as commands
 from icexport.errors import ParityError
 
@@ -19,10 +20,10 @@ from icexport.errors import ParityError
 def test_defaults_are_those_of_the_python_function() -> None:
     ours = {p.name: p.default for p in inspect.signature(commands.build).parameters.values()}
     theirs = {p.name: p.default for p in inspect.signature(builder.build).parameters.values()}
-    assert {**ours, "backend": "auto"}.items() >= {
+    assert {**ours, "backend": "auto", "target_sm": ()}.items() >= {
         k: v for k, v in theirs.items() if k in ours and k != "cond"
     }.items()
-    assert set(theirs) - set(ours) == {"verify", "progress"}
+    assert set(theirs) - set(ours) == {"verify", "progress", "shapes", "workspace_mb", "plugins"}
 
 
 def test_a_second_build_touches_nothing(icexport, tiny_model: Path, tiny_bundle: Path) -> None:
@@ -80,10 +81,14 @@ def test_every_option_arrives(icexport, fake: Fake) -> None:
             "2",
         ),
         *("--opset", "20", "--output", "o", "--force", "--no-verify"),
+        *("--target-sm", "86", "89", "--target-sm", "120", "--optimization-level", "1", "--workspace", "64"),
+        *("--no-plugins", "--engine-store", "s", "--shape", "64x64", "--shape", "64x128"),
     )
     assert run.exit_code == 0, run.stderr
     wanted = {"cond": "canny", "model": "m", "controlnet": "c", "probe": "p", "backend": ["torch", "onnxruntime"]}
     wanted |= {"dtype": "fp16", "height": "64:64:128", "width": "64", "batch_size": "2", "opset": 20}
+    wanted |= {"target_sm": [86, 89, 120], "optimization_level": 1, "workspace_mb": 64, "plugins": False}
+    wanted |= {"engine_store": Path("s"), "shapes": ["64x64", "64x128"]}
     assert fake.calls == [{**wanted, "output": Path("o"), "force": True, "verify": False}]
     assert "export unet" in run.stderr
 
@@ -154,7 +159,7 @@ def test_an_interrupted_build_leaves_the_earlier_bundle(
     def interrupted(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(builder, "_export", interrupted)
+    monkeypatch.setattr(BundleWriter, "_export", interrupted)
     run = icexport("build", "--cond", "canny", "--model", tiny_model, "--output", folder, "--force")
     assert run.exit_code == 130
     assert "Interrupted" in run.stderr

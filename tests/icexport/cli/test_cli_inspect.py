@@ -105,8 +105,11 @@ def test_damaged_and_unknown_things(icexport, tiny_model: Path, tiny_bundle: Pat
 def test_doctor(icexport) -> None:
     found = document(icexport, "doctor")
     assert found["problems"] == []
-    assert {row["backend"] for row in found["backends"]} == {"onnxruntime", "torch"}
-    assert all(row["usable"] for row in found["backends"])
+    rows = {row["backend"]: row for row in found["backends"]}
+    assert rows.keys() == {"tensorrt", "tensorrt-rtx", "onnxruntime", "torch"}
+    assert rows["onnxruntime"]["usable"]
+    assert rows["torch"]["usable"]
+    assert all(row["usable"] or (row["missing"] and row["fix"]) for row in rows.values())
     assert found["packages"]["torch"]
     assert found["disk_free_GB"] > 0
     assert icexport("doctor").exit_code == 0

@@ -8,7 +8,8 @@ import torch
 from onnx import TensorProto, helper
 
 from icexport.errors import ExportError, UsageError
-from icexport.export.precision import FP32_ISLANDS, read_precision, torch_dtype
+from icexport.export import DTYPE_NAMES
+from icexport.export.precision import DTYPES, FP32_ISLANDS, read_precision, torch_dtype
 
 
 def save(path: Path, weights: dict[str, tuple[int, list[int]]], nodes: list[onnx.NodeProto]) -> Path:
@@ -27,6 +28,8 @@ def norm(kind: str = "GroupNormalization", **attributes: int) -> onnx.NodeProto:
 
 def test_names() -> None:
     assert torch_dtype("fp16") is torch.float16
+    assert torch_dtype("bf16") is torch.bfloat16
+    assert tuple(DTYPES) == DTYPE_NAMES
     with pytest.raises(UsageError, match="--dtype int8: choose fp32 or fp16"):
         torch_dtype("int8")
 
@@ -65,3 +68,19 @@ def test_float16_statistics_are_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="norm1: GroupNormalization keeps statistics in type 10"):
         read_precision(path, "fp16")
     read_precision(save(path, {}, [norm("LayerNormalization", stash_type=TensorProto.FLOAT)]), "fp16")
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    path = save(tmp_path / "g.onnx", {"w": (TensorProto.BFLOAT16, [64, 65])}, [norm()])
+
+    assert read_precision(path, "bf16") == {"bfloat16": 4160}
+    with pytest.raises(ExportError, match=r"not the fp16 graph .*w \(bfloat16, 4160 elements\)"):
+        read_precision(path, "fp16")
+
+
+def test_weights_of_islands_are_in_float32(tmp_path: Path) -> None:
+    path = save(tmp_path / "g.onnx", {"conv1.weight.fp32": (TensorProto.FLOAT, [64, 65])}, [])
+
+    assert read_precision(path, "fp16") == {"float": 4160}
+    with pytest.raises(ExportError, match="not the bf16 graph"):
+        read_precision(path, "bf16")

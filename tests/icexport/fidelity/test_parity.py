@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from engines.base import TensorSpec
 from icexport.export.profile import Profile, SizeRange
-from icexport.fidelity.parity import FLOOR, Case, OutputParity, cases, compare, cosine, relative_error
+from icexport.fidelity.parity import (
+    COSINE_ERROR,
+    FLOOR,
+    MIN_COSINE,
+    Case,
+    OutputParity,
+    cases,
+    compare,
+    cosine,
+    relative_error,
+)
 from icexport.models.graphs import Graph, unet_graph, vae_decoder_graph
 from icexport.models.loading import ModelSource
 from tests.tiny_models import TEXT_LENGTH, tiny_unet
@@ -64,6 +74,29 @@ def test_four_times_the_error_of_torch_in_the_same_precision() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_where_pytorch_overflows_the_floor_is_the_measure(value: float) -> None:
+    own = Engine(spoil=lambda out: {"y": out["y"] * torch.tensor([1.0, value])})
+
+    found = judge(Engine(1.003), own, "fp16")
+    assert found
+    assert found.allowed == 4 * FLOOR["fp16"]
+    assert not judge(Engine(1.005), own, "fp16")
+
+
+def test_bfloat16_has_three_bits_less() -> None:
+    assert FLOOR["bf16"] == 2**3 * FLOOR["fp16"]
+    assert judge(Engine(1.007), None, "bf16")
+    assert not judge(Engine(1.009), None, "bf16")
+
+
+def test_the_error_that_the_cosine_allows() -> None:
+    target, noise = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+
+    assert cosine(target + 0.99 * COSINE_ERROR * noise, target) > MIN_COSINE
+    assert cosine(target + 1.01 * COSINE_ERROR * noise, target) < MIN_COSINE
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_infinity_fail(value: float) -> None:
     found = judge(Engine(spoil=lambda out: {"y": out["y"] * torch.tensor([1.0, value])}))
 
@@ -109,6 +142,7 @@ def test_relative_error() -> None:
 
     assert relative_error(target * 1.1, target) == pytest.approx(0.1, rel=1e-5)
     assert relative_error(torch.full((2,), math.nan), target) == math.inf
+    assert relative_error(torch.full((2,), math.inf), target) == math.inf
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
     assert relative_error(torch.tensor(60000.0).half(), torch.tensor(60000.0)) < 1e-3, "squares overflow float16"
 

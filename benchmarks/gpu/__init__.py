@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks.kernels`` and ``benchmarks.gpu_suite``."""

@@ -1,0 +1,200 @@
+"""Ahead-of-time compilation: a Triton kernel becomes PTX that a TensorRT plugin can launch. No GPU is needed.
+
+Needs Triton. A plugin passes the kernel exactly its inputs, then int32 scalars, then outputs. Triton appends pointers
+to scratch memory, which these kernels do not use: they are taken out of the signature.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from engines.errors import EngineError
+from engines.kernels.tuning import compiler_options
+
+PORTABLE = 80
+"""Compute capability whose PTX every later GPU can take; that of 90 and above is for one architecture only."""
+
+_WARP = 32
+# The oldest PTX that has the instructions of the architecture: a driver refuses PTX that is newer than itself.
+_PTX_VERSION, _BLACKWELL, _BLACKWELL_PTX_VERSION = 80, 100, 87
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+@dataclass(frozen=True)
+class Ptx:
+    """One compiled kernel.
+
+    Attributes:
+        name: Of the entry.
+        text: PTX; its entry has the kernel's arguments without the constexprs, in order.
+        shared_memory: Dynamic shared memory of a program in bytes, to be requested at the launch.
+        num_warps: Warps of a program; a launch has 32 threads for each.
+        target: Architecture, e.g. ``"sm_90a"``.
+    """
+
+    name: str
+    text: str
+    shared_memory: int
+    num_warps: int
+    target: str
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one thread of a kernel needs, according to ptxas.
+
+    Attributes:
+        registers: Number of 32-bit registers.
+        spill_bytes: Stored to and loaded from local memory for lack of registers.
+    """
+
+    registers: int
+    spill_bytes: int
+
+
+def signature(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
+    """Triton's types of a kernel's arguments: pointers (``*_ptr``) to one dtype, int32 scalars, constexprs.
+
+    Raises:
+        ValueError: If the kernels do not take the dtype.
+    """
+    if dtype not in _TYPES:
+        raise ValueError(f"{kernel.__name__} is {dtype}, expected one of {', '.join(map(str, _TYPES))}.")
+    return {
+        parameter.name: "constexpr"
+        if parameter.is_constexpr
+        else _TYPES[dtype]
+        if parameter.name.endswith("_ptr")
+        else "i32"
+        for parameter in kernel.params
+    }
+
+
+def compile_ptx(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    capability: int,
+    num_warps: int,
+    num_stages: int,
+    aligned: Collection[str] = (),
+) -> Ptx:
+    """Compile a kernel for one architecture.
+
+    Args:
+        kernel: The ``triton.jit`` function.
+        signature: Argument -> Triton type, in order; see ``signature``.
+        constexprs: Value of every argument of type ``constexpr``.
+        capability: Of the GPU, 90 for 9.0; ``PORTABLE`` for PTX that later ones take as well.
+        num_warps: Warps of a program.
+        num_stages: Stages of Triton's software pipeline.
+        aligned: Arguments that are always multiples of 16: pointers in bytes, scalars in value. Without them memory is
+            read element by element.
+
+    Raises:
+        ValueError: If constexprs or aligned name other arguments than the kernel has.
+        EngineError: If the kernel cannot be compiled, or uses scratch memory, which a plugin cannot give it.
+    """
+    constants = {name for name, kind in signature.items() if kind == "constexpr"}
+    if constants != set(constexprs) or not set(aligned) <= set(signature) - constants:
+        raise ValueError(
+            f"{kernel.__name__} takes the arguments {list(signature)}, of which {sorted(constants)} are constexprs; "
+            f"got constexprs {sorted(constexprs)} and aligned {sorted(aligned)}."
+        )
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
+    version = _BLACKWELL_PTX_VERSION if capability >= _BLACKWELL else _PTX_VERSION
+    options = {**compiler_options(num_warps, num_stages), "ptx_version": version}
+    try:
+        compiled = triton.compile(
+            ASTSource(kernel, dict(signature), dict(constexprs), attributes),
+            target=GPUTarget("cuda", capability, _WARP),
+            options=options,
+        )
+    except Exception as error:  # the exceptions of Triton's compiler have no base class of their own
+        what = f"{kernel.__name__} does not compile for compute capability {capability}"
+        raise EngineError(f"{what}: {error}") from error
+    metadata = compiled.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise EngineError(
+            f"{metadata.name} needs {metadata.global_scratch_size} + {metadata.profile_scratch_size} bytes of scratch "
+            "memory, which an ahead-of-time plugin cannot provide. Use smaller blocks."
+        )
+    text = strip_parameters(compiled.asm["ptx"], len(signature) - len(constants))
+    return Ptx(metadata.name, text, metadata.shared, num_warps, _target(text))
+
+
+def parameters(text: str) -> tuple[str, ...]:
+    """Declarations in the entry of a PTX text, e.g. ``.param .u32 name_param_3``.
+
+    Raises:
+        EngineError: If the text does not have exactly one entry.
+    """
+    return tuple(line.strip() for line in _entry(text)[2].split(","))
+
+
+def strip_parameters(text: str, count: int) -> str:
+    """PTX whose entry has only its first ``count`` parameters.
+
+    Raises:
+        EngineError: If it has fewer, or a later one is used.
+    """
+    start, end, declared = _entry(text)
+    declarations = declared.split(",")
+    names = [declaration.split()[-1] for declaration in declarations]
+    body = text[end:]
+    used = [name for name in names[count:] if re.search(rf"\b{re.escape(name)}\b", body)]
+    if used or len(names) < count:
+        raise EngineError(
+            f"the kernel's PTX has {len(names)} parameters, of which {count} are its arguments"
+            f"{', and uses ' + ', '.join(used) if used else ''}: this version of Triton is not supported. "
+            "Use one from 3.6 to 3.9."
+        )
+    return text[:start] + ",".join(declarations[:count]).rstrip() + "\n" + body
+
+
+def resources(ptx: Ptx, capability: int) -> Resources:
+    """Assemble PTX for a GPU with Triton's ptxas.
+
+    Raises:
+        EngineError: If ptxas refuses the text.
+    """
+    target = ptx.target if ptx.target.rstrip("a") == f"sm_{capability}" else f"sm_{capability}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx.text, encoding="utf-8")
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", str(source), "-o", f"{source}.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise EngineError(f"ptxas refuses {ptx.name} ({ptx.target}) for {target}: {done.stderr.strip()}")
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spills = re.findall(r"(\d+) bytes spill", done.stderr)
+    if registers is None or not spills:
+        raise EngineError(f"ptxas did not report what {ptx.name} needs, but: {done.stderr.strip()}")
+    return Resources(int(registers[1]), sum(map(int, spills)))
+
+
+def _entry(text: str) -> tuple[int, int, str]:
+    """Start, end and text of the parameter list of the only entry."""
+    entries = list(re.finditer(r"\.entry\s+\w+\s*\(([^)]*)\)", text))
+    if len(entries) != 1:
+        raise EngineError(f"the PTX has {len(entries)} entries, expected 1.")
+    return entries[0].start(1), entries[0].end(1), entries[0][1]
+
+
+def _target(text: str) -> str:
+    target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
+    if target is None:
+        raise EngineError("the PTX names no target.")
+    return target[1]

@@ -1,0 +1,1 @@
+"""The end of one tap's way through the probe: both GroupNorms, the sum, ReLU, and the weighted sum over taps."""

@@ -1,0 +1,1 @@
+"""Bilinear resize, GroupNorm, ReLU and a shift for each channel, in one pass over the output."""

@@ -1,0 +1,236 @@
+"""The engine store: built engines by their key, shared by all bundles of a user, so that none is built twice.
+
+A plan of an unchanged UNet serves the canny and the depth bundle; only ControlNet and probe are built anew. Bundles do
+not depend on the store: they hold hard links to its files, or copies on another disk. ``icexport gc`` removes what no
+bundle refers to any more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from icexport.bundle.manifest import MANIFEST_NAME, Manifest
+from icexport.bundle.store import sha256
+from icexport.errors import BundleError
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "ICEXPORT_CACHE"
+"""Environment variable that names the folder of the store."""
+
+_HASHES = "hashes.json"
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One engine that ``collect`` removed, or would remove.
+
+    Attributes:
+        key: of the engine.
+        bytes: of its files. Bundles that hold hard links to them keep the space in use.
+        reason: why nothing needs it.
+    """
+
+    key: str
+    bytes: int
+    reason: str
+
+
+class EngineStore:
+    """Engines by key in one folder.
+
+    Args:
+        root: the folder; made when the first engine is stored. None: ``$ICEXPORT_CACHE``, else ``icexport`` in the
+            user's cache folder.
+    """
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.root = Path(root or os.environ.get(VARIABLE) or caches / "icexport").absolute()
+        self.timing = self.root / "timing"
+        """Timing caches of the builders: what is measured once need not be measured again."""
+        self.kernels = self.root / "kernels"
+        """Kernels that TensorRT-RTX compiled for the GPU of this machine: ``<key>.cache``."""
+
+    @property
+    def _engines(self) -> Path:
+        return self.root / "engines"
+
+    @property
+    def _bundles(self) -> Path:
+        return self.root / "bundles"
+
+    def fetch(self, key: str, target: Path, make: Callable[[Path], None]) -> bool:
+        """Put the engine of ``key`` into the folder ``target``; build it with ``make(folder)`` if it is not stored.
+
+        Two builds of one key wait for each other, and the second one takes what the first one made.
+
+        Returns:
+            Whether it was stored already.
+
+        Raises:
+            BundleError: the store cannot be written. Whatever ``make`` raises passes through and leaves no trace.
+        """
+        if self._take(key, target):
+            return True
+        with self._locked(key):
+            if self._take(key, target):
+                return True
+            with self._writing(key) as folder:
+                make(folder)
+                hashes = {p.name: sha256(p) for p in sorted(folder.iterdir())}
+                (folder / _HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+            self._take(key, target)
+        return False
+
+    def register(self, bundle: Path) -> None:
+        """Remember where a bundle lies, so that ``collect`` keeps its engines."""
+        path = str(bundle.resolve())
+        with self._writable():
+            self._bundles.mkdir(parents=True, exist_ok=True)
+            (self._bundles / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.txt").write_text(
+                path, encoding="utf-8"
+            )
+
+    def collect(self, dry_run: bool = False) -> list[Removed]:
+        """Remove the engines to which no bundle refers, damaged ones, and the traces of bundles that are gone.
+
+        Args:
+            dry_run: only tell.
+
+        Raises:
+            BundleError: the store cannot be written.
+        """
+        used = self._used(dry_run)
+        removed = []
+        for folder in sorted(p for p in self._engines.glob("*") if p.is_dir()):
+            key = folder.name.lstrip(".").partition(".")[0]
+            if folder.name != key:
+                reason = "an interrupted build left it"
+            elif key not in used:
+                reason = "no bundle refers to it"
+            elif not _intact(folder):
+                reason = "damaged"
+            else:
+                continue
+            size = sum(p.stat().st_size for p in folder.iterdir())
+            if dry_run or self._remove(folder, key):
+                removed.append(Removed(key, size, reason))
+        for cache in sorted(self.kernels.glob("*.cache")):
+            if cache.stem not in used:
+                removed.append(Removed(cache.stem, cache.stat().st_size, "compiled kernels of a plan that is gone"))
+                if not dry_run:
+                    with self._writable():
+                        cache.unlink()
+        return removed
+
+    def _used(self, dry_run: bool) -> set[str]:
+        """Keys of all engines of all bundles that are still where they were built."""
+        used: set[str] = set()
+        for note in self._bundles.glob("*.txt"):
+            bundle = Path(note.read_text(encoding="utf-8"))
+            if (bundle / MANIFEST_NAME).is_file():
+                # A manifest that cannot be read is an error: its engines must not be taken for unused.
+                used |= Manifest.read(bundle).engines.keys()
+            elif not dry_run:
+                with self._writable():
+                    note.unlink(missing_ok=True)
+        return used
+
+    def _remove(self, folder: Path, key: str) -> bool:
+        """Remove the folder of one engine, unless a build holds it at this moment."""
+        lock = self._lock(key)
+        try:
+            with self._writable(), FileLock(lock, timeout=0):
+                shutil.rmtree(folder)
+        except Timeout:
+            return False
+        lock.unlink(missing_ok=True)
+        return True
+
+    def _take(self, key: str, target: Path) -> bool:
+        """Link or copy a stored engine to ``target``, if there is an intact one."""
+        folder = self._engines / key
+        if not folder.is_dir():
+            return False
+        if not _intact(folder):
+            logger.warning("The stored engine %s is damaged; it is built again", folder)
+            return False
+        target.mkdir(parents=True)
+        for file in folder.iterdir():
+            if file.name != _HASHES:
+                _link(file, target / file.name)
+        return True
+
+    def _lock(self, key: str) -> Path:
+        return self._engines / f".{key}.lock"
+
+    @contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        with self._writable():
+            self._engines.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._lock(key))
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("Another build is making the engine %s; waiting for it", key[:12])
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _writing(self, key: str) -> Iterator[Path]:
+        """A temporary folder that becomes the entry of ``key``, in place of a damaged one; needs the lock."""
+        with self._writable():
+            folder = self._engines / key
+            temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=self._engines))
+        try:
+            yield temporary
+            temporary.chmod(0o755)  # mkdtemp makes it private
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except Timeout:
+            raise  # an OSError, too, but another build's doing
+        except OSError as error:
+            raise BundleError(
+                f"The engine store {self.root} cannot be written: {error.strerror or error}. Choose another folder "
+                f"with --engine-store DIR or the environment variable {VARIABLE}."
+            ) from error
+
+
+def _intact(folder: Path) -> bool:
+    """Whether an entry has exactly the files that were stored, unchanged."""
+    try:
+        hashes = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
+        found = {p.name: sha256(p) for p in folder.iterdir() if p.name != _HASHES}
+    except (OSError, ValueError):
+        return False
+    return bool(found) and found == hashes
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for the same bytes, or a copy where the disk does not allow that."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
