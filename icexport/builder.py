@@ -94,11 +94,11 @@ def build(
         )
     progress("check the model")
     check_fit(spec.source)
+    from icexport.bundle_writer import BundleWriter  # with torch; a cache hit does without
+
     store = EngineStore(engine_store)
     with writing(folder) as temporary:
         _check_space(temporary, spec)
-        from icexport.bundle_writer import BundleWriter  # with torch; a cache hit does without
-
         BundleWriter(spec, key, temporary, store, progress).write()
     if spec.plan_backends:
         store.register(folder)

@@ -76,10 +76,12 @@ def _bundle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     manifest = bundle.manifest
     rows = graph_rows(bundle)
     engines = engine_rows(bundle)
-    plans = [
-        {**row, "key": row["key"][:12], "runs_here": _runs_here(bundle, row["key"])} for row in engines if row["MB"]
-    ]
+    shown = ("backend", "graph", "device", "precision", "read_from", "plugins", "MB", "seconds")
+    plans = [{**{n: row[n] for n in shown}, "key": row["key"][:12]} for row in engines if row["MB"]]
     backends = {row["backend"]: row["version"] for row in engines}
+    reasons: dict[str, set[str]] = {name: set() for name in backends}
+    for row in engines:
+        reasons[row["backend"]].add(_runs_here(bundle, row["key"]))
     brief = {
         "kind": "bundle",
         "path": str(path),
@@ -91,10 +93,11 @@ def _bundle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "dtype": manifest.dtype,
         "opset": manifest.opset,
         "sizes": {axis: str(getattr(manifest.profile, axis)) for axis in ("batch", "height", "width")},
-        "shapes": [f"{height}x{width}" for height, width in manifest.profile.shapes] or "any of these",
+        **({"shapes": [f"{h}x{w}" for h, w in manifest.profile.shapes]} if manifest.profile.shapes else {}),
         "built_with": manifest.versions,
         "graphs": [{**row, "inputs": len(row["inputs"]), "outputs": len(row["outputs"])} for row in rows],
         "backends": backends,
+        "runs_here": {name: "; ".join(sorted(found)) for name, found in reasons.items()},
         "islands": [{"graph": name, **island} for name, g in manifest.graphs.items() for island in g.islands],
         "engines": plans or "the graphs themselves",
         "parity": parity_rows(manifest.parity) or "not checked",

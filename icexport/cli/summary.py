@@ -30,8 +30,8 @@ def parity_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for backend, graphs in results.items():
         if not graphs:
-            columns = ("graph", "worst_output", "relative_error", "allowed_error", "cosine", "passed")
-            rows.append({"backend": backend, **dict.fromkeys(columns)})
+            columns = ("worst_output", "relative_error", "allowed_error", "cosine", "passed")
+            rows.append({"backend": backend, "graph": "not run: no device", **dict.fromkeys(columns)})
         for graph, outputs in graphs.items():
             name, worst = max(outputs.items(), key=lambda item: (not item[1]["passed"], item[1]["relative_error"]))
             rows.append(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import engines.kernels  # noqa: F401  (registers torch.ops.icexport)
 from icexport.models.probe import InnerControlProbe
@@ -21,9 +22,11 @@ class FusedProbe(nn.Module):
     """Runs an ``InnerControlProbe`` through ``torch.ops.icexport``.
 
     Args:
-        probe: Whose parameters and config are used; they are shared, not copied.
+        probe: Whose parameters and config are used; they are shared. Only the time layers are copied, to run as one.
     """
 
+    time_weight: Tensor
+    time_bias: Tensor
     ops: Any = torch.ops.icexport
     """Where the operators come from. An exporter puts its own nodes here."""
 
@@ -31,6 +34,10 @@ class FusedProbe(nn.Module):
         super().__init__()
         self.probe = probe
         self.config = probe.config
+        if self.config.time_embed_dim is not None:
+            for name in ("weight", "bias"):
+                stacked = torch.cat([getattr(layer.time, name).detach() for layer in probe.bottlenecks])
+                self.register_buffer(f"time_{name}", stacked, persistent=False)
 
     def forward(self, taps: Sequence[Tensor], time_embedding: Tensor | None = None) -> Tensor:
         """Reads the control map; arguments and result are those of ``InnerControlProbe.forward``.
@@ -45,25 +52,25 @@ class FusedProbe(nn.Module):
         Raises:
             ValueError: The number of taps or their channels do not fit the config.
         """
-        if self.config.time_embed_dim is None:
-            time_embedding = None
         height, width = (side * self.config.output_scale for side in taps[-1].shape[-2:])
         mix = self.probe.mixing_weights.softmax(0)
         total = taps[-1].new_zeros(taps[-1].shape[0], self.config.projection_dim, height, width)
+        still = taps[-1].new_zeros(1, self.config.projection_dim // 4)
+        shifts: Sequence[Tensor] = [still] * len(taps)
+        if self.config.time_embed_dim is not None and time_embedding is not None:
+            stacked = F.linear(time_embedding, self.time_weight, self.time_bias).relu()
+            shifts = stacked.chunk(len(self.config.dims), dim=1)
         for index, (layer, tap) in enumerate(zip(self.probe.bottlenecks, taps, strict=True)):
-            total = self._add_tap(total, layer, tap, time_embedding, mix, index)
+            total = self._add_tap(total, layer, tap, shifts[index], still, mix, index)
         reading: Tensor = self.probe.output_head(total)
         return reading.tanh() if self.config.head_tanh else reading
 
     def _add_tap(
-        self, total: Tensor, layer: Any, tap: Tensor, time_embedding: Tensor | None, mix: Tensor, index: int
+        self, total: Tensor, layer: Any, tap: Tensor, shift: Tensor, still: Tensor, mix: Tensor, index: int
     ) -> Tensor:
         """``total + mix[index] * bottleneck(tap)``; all [B, projection_dim, H, W]."""
         height, width = total.shape[-2:]
         inner = layer.norm1.num_channels
-        shift = still = tap.new_zeros(1, inner)
-        if time_embedding is not None:
-            shift = layer.time(time_embedding).relu()
 
         def normalise(x: Tensor, norm: nn.GroupNorm, shift: Tensor) -> Tensor:
             found: Tensor = self.ops.resize_group_norm_relu(

@@ -19,6 +19,7 @@ from icexport import conditions
 from icexport.bundle.engines import choose_backend, default_device, load_engine, load_probe_kernels, make_scratch
 from icexport.bundle.store import Bundle
 from icexport.errors import UnsupportedOptionError, UsageError
+from icexport.export.precision import DTYPES
 from icexport.export.profile import Profile
 from icexport.models.probe import ProbeConfig
 from icexport.models.sizes import size_multiple
@@ -95,7 +96,7 @@ class InnerControlPipeline(StableDiffusionControlNetPipeline):  # type: ignore[m
             requires_safety_checker=safety_checker is not None,
         )
         pipe.bundle, pipe.backend = bundle, name
-        pipe._options = {"cuda_graph": cuda_graph, "probe_kernels": probe_kernels}
+        pipe._cuda_graph, pipe._probe_kernels = cuda_graph, probe_kernels
         if "probe" in bundle.manifest.graphs:
             pipe._probe = load_probe_kernels(bundle, device) if probe_kernels else load("probe")
         if cuda_graph:
@@ -103,8 +104,9 @@ class InnerControlPipeline(StableDiffusionControlNetPipeline):  # type: ignore[m
         pipe.condition = conditions.get(bundle.manifest.condition["name"])
         return pipe
 
-    _options: dict[str, bool]
     _probe: Any = None
+    _cuda_graph = False
+    _probe_kernels = False
     _can_score = False
 
     def to(self, *args: Any, **kwargs: Any) -> InnerControlPipeline:
@@ -115,13 +117,15 @@ class InnerControlPipeline(StableDiffusionControlNetPipeline):  # type: ignore[m
         """
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and dtype != self.unet.dtype:
+            option = next((name for name, known in DTYPES.items() if known == dtype), "fp32")
             raise UnsupportedOptionError(
                 f"The engines compute in {self.unet.dtype}, which the export decided. For {dtype}, build a bundle "
-                f"with --dtype {'fp16' if dtype == torch.float16 else 'fp32'}."
+                f"with --dtype {option}."
             )
         if device is None or torch.device(device) == self.device:
             return self
-        moved = type(self).from_pretrained(self.bundle, backend=self.backend, device=device, **self._options)
+        options = {"cuda_graph": self._cuda_graph, "probe_kernels": self._probe_kernels}
+        moved = type(self).from_pretrained(self.bundle, backend=self.backend, device=device, **options)
         for name in ("vae", "text_encoder", "unet", "controlnet"):
             self.register_modules(**{name: getattr(moved, name)})
         self._probe = moved._probe
@@ -336,7 +340,7 @@ class InnerControlPipeline(StableDiffusionControlNetPipeline):  # type: ignore[m
             config.control_range,
             config.normaliser,
             None if isinstance(steps, bool) else steps,
-            kernels=self._options["probe_kernels"],
+            kernels=self._probe_kernels,
         )
 
     def _report(self, scores: list[float] | None, monitor: FidelityMonitor | None) -> FidelityReport:

@@ -26,7 +26,7 @@ def test_full_size_probe() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("graph", ["controlnet", "unet"])
+@pytest.mark.parametrize("graph", ["text_encoder", "controlnet", "unet", "vae_decoder"])
 def test_full_size_plan(graph: str) -> None:
     found = run("--graph", graph, "--target-sm", "86", "89", "120")
     assert found["build_seconds"] <= 120
