@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,10 @@ from engines.tensorrt.build import OUT_OF_MEMORY, build_plan
 from engines.tensorrt.plan import PlanReport, PlanRequest
 
 _TAIL_LINES = 12
+_STALL_SECONDS = 120.0
+"""After so long without any use of the processor, the process is taken for stuck."""
+_IDLE_SHARE = 1e-3
+"""Use of the processor below this share counts as none: Python wakes up now and then."""
 _ROOT = Path(__file__).parents[2]
 _ERRORS = {error.__name__: error for error in (EngineError, BackendUnavailableError)}
 _MEMORY = "Build on a machine with more memory, build smaller shapes, or close other programs"
@@ -50,8 +56,8 @@ def build(
 
     Raises:
         BackendUnavailableError: If the library is missing or too old, or cannot start here.
-        EngineError: If the build fails (see `build_plan`), or the subprocess crashes, runs out of memory or is killed:
-            the message holds the signal, the last lines of the log and a way out.
+        EngineError: If the build fails (see `build_plan`), or the subprocess crashes, runs out of memory, hangs or is
+            killed: the message holds the signal, the last lines of the log and a way out.
     """
     plan = request.plan.absolute()
     try:
@@ -69,7 +75,13 @@ def build(
         timing_cache=request.timing_cache and request.timing_cache.absolute(),
     )
     with scratch, output:
-        code, last = _run(inner, progress, output, device)
+        code, last, stuck = _run(inner, progress, output, device)
+        if stuck:
+            raise EngineError(
+                f"the process that builds {request.onnx.name} with {request.flavour} was ended: for "
+                f"{_STALL_SECONDS:.0f} s it did nothing, which happens when the library runs out of memory for its "
+                f"threads. {_MEMORY}."
+            )
         if "report" in last and code == 0:
             inner.plan.replace(plan)
             return PlanReport.from_json(last["report"])
@@ -80,8 +92,8 @@ def build(
 
 def _run(
     request: PlanRequest, progress: Callable[[str, float], None], log: IO[bytes], device: int
-) -> tuple[int, dict[str, Any]]:
-    """Start the process and listen to it; returns its exit code and the last thing it said."""
+) -> tuple[int, dict[str, Any], bool]:
+    """Start the process and listen to it; returns its exit code, the last thing it said, and whether it got stuck."""
     last: dict[str, Any] = {}
     with subprocess.Popen(
         [sys.executable, "-m", "engines.tensorrt.worker"],
@@ -92,6 +104,9 @@ def _run(
         env={**os.environ, "CUDA_VISIBLE_DEVICES": _visible(device)},
         encoding="utf-8",
     ) as child:
+        done, stuck = threading.Event(), threading.Event()
+        watch = threading.Thread(target=_end_if_stuck, args=(child, done, stuck), daemon=True)
+        watch.start()
         try:
             if child.stdin is None or child.stdout is None:
                 raise EngineError("the process that builds has no pipes.")
@@ -101,9 +116,35 @@ def _run(
                 last = json.loads(line)
                 if "progress" in last:
                     progress(*last["progress"])
-            return child.wait(), last
+            return child.wait(), last, stuck.is_set()
         finally:
+            done.set()
+            watch.join()
             child.kill()
+
+
+def _end_if_stuck(child: subprocess.Popen[str], done: threading.Event, stuck: threading.Event) -> None:
+    """End a process that has stopped working; TensorRT-RTX waits for ever for a thread that could not be started."""
+    used, since = 0.0, time.monotonic()
+    while not done.wait(_STALL_SECONDS / 10):
+        seconds, now = _processor_seconds(child.pid), time.monotonic()
+        if seconds is None:
+            return
+        if seconds - used > _IDLE_SHARE * (now - since):
+            used, since = seconds, now
+        elif now - since > _STALL_SECONDS:
+            stuck.set()
+            child.kill()
+            return
+
+
+def _processor_seconds(process: int) -> float | None:
+    """Time that a process has used the processor; None where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def _visible(device: int) -> str:

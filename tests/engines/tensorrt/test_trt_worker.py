@@ -99,7 +99,27 @@ def test_a_process_that_is_killed(request_: PlanRequest, number: signal.Signals,
     assert left(request_) == ["conv.plan"]
 
 
-def test_memory_that_comes_to_an_end(request_: PlanRequest) -> None:
+def test_a_process_that_is_stuck_is_ended(request_: PlanRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_STALL_SECONDS", 1.0)
+    with pytest.raises(EngineError, match="conv.onnx with tensorrt-rtx was ended: for 1 s it did nothing") as error:
+        worker.build(request_, progress=lambda what, fraction: child().suspend())
+
+    assert "smaller shapes" in str(error.value)
+    assert left(request_) == []
+
+
+def test_a_process_that_works_is_left_alone(
+    request_: PlanRequest, fake: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_STALL_SECONDS", 0.5)
+    fake("import time\nend = time.monotonic() + 2\nwhile time.monotonic() < end: pass\nraise SystemExit(7)")
+    with pytest.raises(EngineError, match="exit code 7"):
+        worker.build(PlanRequest("tensorrt", request_.onnx, request_.plan, "fp16"))
+
+
+def test_memory_that_comes_to_an_end(request_: PlanRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_STALL_SECONDS", 5.0)  # sometimes the library waits for a thread that has no memory
+
     def starve(what: str, fraction: float) -> None:
         if what == "parsing":
             process = child()
