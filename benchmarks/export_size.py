@@ -40,12 +40,19 @@ from icexport.models.taps import Taps
 
 GRAPHS = ("text_encoder", "controlnet", "unet", "probe", "vae_decoder")
 VAE_CONFIG = {"block_out_channels": (128, 256, 512, 512)}
-_TEXT_CONFIG = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 
 
 def sd15_unet() -> UNet2DConditionModel:
     """Stable Diffusion 1.5's UNet: 859.5 M parameters."""
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+
+
+def sd15_text_encoder() -> Any:
+    """Stable Diffusion 1.5's text encoder, that of CLIP ViT-L/14: 123.1 M parameters."""
+    config = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, hidden_act="quick_gelu"
+    )
+    return CLIPTextModel(config)
 
 
 def sd15_vae() -> AutoencoderKL:
@@ -64,7 +71,7 @@ def sd15_graph(name: str, dtype: torch.dtype) -> Graph:
     """One graph of the size of SD 1.5 with random weights; zero convolutions are not left at zero."""
     torch.manual_seed(0)
     if name == "text_encoder":
-        return text_encoder_graph(CLIPTextModel(CLIPTextConfig(**_TEXT_CONFIG)).to(dtype).eval(), dtype)
+        return text_encoder_graph(sd15_text_encoder().to(dtype).eval(), dtype)
     if name == "vae_decoder":
         return vae_decoder_graph(sd15_vae().to(dtype).eval(), latent_multiple(sd15_unet_config()), dtype)
     with torch.device("meta") if name == "probe" else torch.device("cpu"):
