@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from engines import registry
@@ -141,7 +142,12 @@ def _check_plans(plans: PlanOptions, backends: Sequence[str], dtype: str) -> Non
 
 
 def _check_plugins(profile: Profile, opset: int) -> None:
-    """Refuse at once what `export_plugin_graph` would refuse after the export of all other graphs."""
+    """Refuse at once what would only fail after the export of all graphs."""
+    if find_spec("triton") is None:
+        raise BackendUnavailableError(
+            "The probe's plugins are compiled by Triton, which is not installed. Run: pip install triton, or choose "
+            "--no-plugins."
+        )
     if opset < DEFAULT_OPSET:
         raise UsageError(f"--opset {opset}: plugins need {DEFAULT_OPSET} or later. Choose that, or --no-plugins.")
     if not (profile.height.fixed and profile.width.fixed):

@@ -198,6 +198,36 @@ def test_a_backend_that_cannot_build_here(tiny_model: Path, monkeypatch: pytest.
         spec(tiny_model, backend="onnxruntime")
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"opset": 20}, UsageError, "--opset 20: plugins need 21 or later.*--no-plugins"),
+        ({"height": "16:16:32"}, UsageError, "one height and one width.*--no-plugins"),
+        ({"shapes": ["16x16", "16x32"]}, UsageError, "one height and one width"),
+        ({"triton": None}, BackendUnavailableError, "Triton, which is not installed.*--no-plugins"),
+    ],
+)
+def test_what_plugins_need_is_told_before_the_work(
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    from engines import registry
+    from engines.base import Availability
+
+    present = Availability(True, "10.13", "", "", ("cuda",))
+    monkeypatch.setattr(registry, "check", lambda _name: present)
+    if "triton" in options:
+        monkeypatch.setattr("icexport.build_spec.find_spec", lambda _name: None)
+    options = {name: value for name, value in options.items() if name != "triton"}
+    with pytest.raises(error, match=message):
+        spec(tiny_model, backend="tensorrt", **options)
+    assert spec(tiny_model, backend="tensorrt", plans=PlanOptions(plugins=False), **options).plan_backends
+    assert spec(tiny_model, backend="tensorrt", probe="none", **options).plan_backends
+
+
 def test_other_weights_of_one_architecture_change_the_key(tiny_model: Path, copy: Path) -> None:
     (path,) = (copy / "controlnet-canny").glob("*.safetensors")
     save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
