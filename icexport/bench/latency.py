@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icexport import conditions
 from icexport.build_spec import installed
 from icexport.bundle.engines import built_backends, choose_backend, default_device
 from icexport.bundle.store import Bundle
@@ -232,7 +231,7 @@ def run_latency(
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - started)
     progress("single steps")
-    condition = conditions.get(manifest.condition["name"])
+    condition = bundle.condition()
     providers = []
     for name, times in seconds.items():
         ordered = sorted(times)

@@ -11,11 +11,15 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from icexport.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest
 from icexport.errors import BundleError, DamagedBundleError
+
+if TYPE_CHECKING:
+    from icexport.conditions import Condition
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,20 @@ class Bundle:
             raise BundleError(
                 f"{self.path} has no graph {name!r}; it has {', '.join(self.manifest.graphs)}."
             ) from error
+
+    def condition(self, **options: object) -> Condition:
+        """What the bundle's control maps show: extracts them, and scores pictures.
+
+        Args:
+            **options: of the condition.
+
+        Raises:
+            ConditionError: an option is unknown or out of range.
+        """
+        from icexport import conditions  # imports torch, which reading a manifest does without
+
+        manifest = self.manifest
+        return conditions.of_model(manifest.condition["name"], str(manifest.source["model"]), **options)
 
     def file(self, name: str) -> Path:
         """Path of one file, after checking its hash.

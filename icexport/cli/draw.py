@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from icexport import conditions
 from icexport.bundle.store import Bundle
 from icexport.cli.pictures import Fit, fit, pad, read_picture
 from icexport.errors import UsageError
@@ -51,7 +50,7 @@ def control_picture(
         UsageError: the file cannot be read, or the condition lacks an option.
     """
     if not ready:
-        condition = conditions.get(bundle.manifest.condition["name"], **options)
+        condition = bundle.condition(**options)
         # Padded after the extraction, or the edge of the padding would be in the map.
         return pad(condition.extract(fit(read_picture(source), *size, how)), *size)
     if options:

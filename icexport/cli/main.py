@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from icexport.cli import bench, build, check, convert, gc, generate, inspect, train
+from icexport.cli import bench, build, check, convert, evaluate, gc, generate, inspect, train
 from icexport.cli.command import Command
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for function in (
     inspect.inspect,
     bench.bench,
     check.doctor,
+    evaluate.evaluate,
     convert.convert,
     gc.gc,
 ):

@@ -14,9 +14,13 @@ from torch import Tensor
 from icexport.conditions.base import Condition
 from icexport.errors import ConditionError
 from icexport.fidelity.control import depth_rmse, min_max
+from icexport.reference import reference_path
 
 DEFAULT_MODEL = "Intel/dpt-hybrid-midas"
 MODEL_TYPES = ("dpt", "depth_anything")
+
+REFERENCE = "reference"
+"""Names the network that comes with the embedded reference model; it knows that model's scenes and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Depth(Condition):
 
     Attributes:
         model: Folder or hub id of a DPT or Depth Anything model. None is Intel/dpt-hybrid-midas if it is in the local
-            cache; naming an id permits the download.
+            cache; naming an id permits the download. ``reference`` is the one of the embedded reference model.
     """
 
     name: ClassVar[str] = "depth"
@@ -37,14 +41,30 @@ class Depth(Condition):
     model: str | Path | None = None
 
     def _extract(self, pixels: Tensor) -> Tensor:
-        model, processor = _load(None if self.model is None else str(self.model), pixels.device)
-        depth = model(_model_input(pixels, processor)).predicted_depth[:, None]
-        if getattr(model.config, "depth_estimation_type", "relative") == "metric":
-            depth = -depth  # metric models give distance, so near would be black
-        return min_max(F.interpolate(depth, pixels.shape[-2:], mode="bicubic"))
+        depth, metric = predict(pixels, self.model)
+        return min_max(F.interpolate(-depth if metric else depth, pixels.shape[-2:], mode="bicubic"))
 
     def _compare(self, readings: Tensor, control_maps: Tensor) -> Tensor:
         return depth_rmse(readings, control_maps)
+
+
+def predict(pixels: Tensor, model: str | Path | None) -> tuple[Tensor, bool]:
+    """What the depth network says, before anything is normalised. Differentiable.
+
+    Args:
+        pixels: ``[B,3,H,W]`` float32 in [0,1].
+        model: As in `Depth`.
+
+    Returns:
+        ``[B,1,h,w]`` at the network's own size, and whether it is metric: distance, so that near is small. Other
+        networks give inverse depth on a scale of their own.
+
+    Raises:
+        ConditionError: If the network cannot be loaded.
+    """
+    network, processor = _load(None if model is None else str(model), pixels.device)
+    depth: Tensor = network(_model_input(pixels, processor)).predicted_depth[:, None]
+    return depth, getattr(network.config, "depth_estimation_type", "relative") == "metric"
 
 
 def _model_input(pixels: Tensor, processor: Any) -> Tensor:
@@ -71,7 +91,7 @@ def _load(name: str | None, device: torch.device) -> tuple[Any, Any]:
     Raises:
         ConditionError: If either cannot be loaded, or the model is of an unknown type.
     """
-    path = DEFAULT_MODEL if name is None else name
+    path = str(reference_path() / "depth-estimator") if name == REFERENCE else name or DEFAULT_MODEL
     try:
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from engines.torch_eager import TorchEngine
 from icexport import conditions
 from icexport.build_spec import BuildSpec, graphs
-from icexport.conditions.base import to_pixels
+from icexport.conditions.base import Condition, to_pixels
 from icexport.errors import ConditionError
 from icexport.fidelity.parity import Case
 from icexport.models.loading import ModelSource
@@ -57,7 +57,8 @@ def real_cases(spec: BuildSpec, steps: int = STEPS) -> dict[str, list[Case]]:
     ]
     guided = 2 * pictures
     prompt_embeds = torch.cat([one.expand(pictures, -1, -1) for one in embeds])
-    control_map = control_picture(spec.source.condition, height, width).expand(guided, -1, -1, -1)
+    condition = conditions.of_model(spec.source.condition, spec.source.model)
+    control_map = control_picture(condition, height, width).expand(guided, -1, -1, -1)
     scale = torch.ones(guided, len(residual_channels(spec.source.full_config("controlnet"))))
     scheduler = _scheduler(spec.source, steps)
     vae = spec.source.full_config("vae")
@@ -78,7 +79,7 @@ def real_cases(spec: BuildSpec, steps: int = STEPS) -> dict[str, list[Case]]:
     return found
 
 
-def control_picture(condition: str, height: int, width: int) -> Tensor:
+def control_picture(condition: Condition, height: int, width: int) -> Tensor:
     """A control map ``[1,3,height,width]`` in [0,1]: what the condition sees in a drawn house.
 
     Where the condition's extractor lacks its weights, the drawing itself is the map, and the log says so.
@@ -92,7 +93,7 @@ def control_picture(condition: str, height: int, width: int) -> Tensor:
     )
     draw.ellipse((0.42 * width, 0.55 * height, 0.58 * width, 0.7 * height), fill=(250, 230, 140))
     try:
-        return to_pixels(conditions.get(condition).extract(drawing))
+        return to_pixels(condition.extract(drawing))
     except ConditionError as error:
         logger.warning("Real activations are taken with a plain drawing as the control map: %s", error)
         return to_pixels(drawing)

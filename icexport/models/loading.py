@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # a cache hit of ``build`` hashes files and must not pay for 
 logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"
-_BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor")
+BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor")
 _WEIGHTS = ("*.safetensors", "*.json", "*.txt")
 
 
@@ -62,7 +62,7 @@ class ModelSource:
             UsageError: a ControlNet or probe must be named: the base model's folder has none for this condition.
             CheckpointError: a folder is not what it should be, or a download failed.
         """
-        base = reference_path() if model == REFERENCE else _locate(model, _BASE_PARTS)
+        base = reference_path() if model == REFERENCE else locate(model, BASE_PARTS)
         needed = [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
         needed += ["tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"]
         if missing := [file for file in needed if not (base / file).is_file()]:
@@ -70,10 +70,10 @@ class ModelSource:
                 f"{base} is not a Stable Diffusion folder of diffusers: it lacks {', '.join(missing)}. Convert a "
                 "single-file checkpoint with diffusers' from_single_file(...).save_pretrained(FOLDER)."
             )
-        controlnet_folder = _locate(controlnet) if controlnet else base / f"controlnet-{condition}"
+        controlnet_folder = locate(controlnet) if controlnet else base / f"controlnet-{condition}"
         probe_folder = None
         if probe != "none":
-            probe_folder = _locate(probe) if probe else base / f"probe-{condition}"
+            probe_folder = locate(probe) if probe else base / f"probe-{condition}"
         for option, given, folder in (
             ("--controlnet", controlnet, controlnet_folder),
             ("--probe", probe, probe_folder),
@@ -87,7 +87,7 @@ class ModelSource:
     @cached_property
     def files(self) -> dict[str, str]:
         """SHA-256 of every file that the bundle depends on, by ``part/file``."""
-        folders = {part: self.base / part for part in _BASE_PARTS}
+        folders = {part: self.base / part for part in BASE_PARTS}
         folders["controlnet"] = self.controlnet_folder
         if self.probe_folder is not None:
             folders["probe"] = self.probe_folder
@@ -186,7 +186,7 @@ def _defaults(part: str) -> dict[str, Any]:
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
-def _locate(name: str, parts: tuple[str, ...] = ()) -> Path:
+def locate(name: str, parts: tuple[str, ...] = ()) -> Path:
     """A folder as it is, or the snapshot of a Hub repository with the needed files only."""
     if Path(name).is_dir():
         return Path(name)

@@ -60,9 +60,10 @@ class ProbeConfig:
         tap_kind: Which taps the probe reads.
         output_scale: Size of the reading over the size of the finest tap.
         condition: Name of the condition that the probe reads; None: not known.
-        normaliser: What a consumer applies to the reading, mapped to [0, 1], before comparing it with the control map:
-            ``"identity"``; ``"max"``: mean over channels, divided by the maximum of the picture;
-            ``"minmax_inverted"``: mean over channels, min-max of the picture, then 1 - x.
+        normaliser: What a consumer applies to the reading, mapped to [0, 1], before comparing it with
+            ``icexport.fidelity.normalise.control_target`` of the control map: ``"identity"``; ``"max"``: mean over
+            channels, divided by the maximum of the picture; ``"minmax_inverted"``: mean over channels, min-max of the
+            picture, then 1 - x.
         control_range: Reading values (lo, hi) that stand for 0 and 1 of the control map: x -> (x - lo) / (hi - lo).
         timestep_convention: Which timestep's embedding the probe was made for: ``"true"``: the UNet's t;
             ``"mirrored"``: 1000 - t; ``"none"``: any.

@@ -10,36 +10,9 @@ from torch.nn import functional as F
 
 from engines.base import Engine
 from icexport.errors import UsageError
+from icexport.fidelity.normalise import control_target, normalise
 from icexport.models.probe import Normaliser
 from icexport.runtime.outputs import StepReading
-
-_EPS = 1e-6
-
-
-def normalise(reading: Tensor, control_range: tuple[float, float], normaliser: Normaliser) -> Tensor:
-    """A probe's output on the scale of the control map.
-
-    Args:
-        reading: ``[B,C,h,w]``, the probe's output.
-        control_range: values that stand for 0 and 1.
-        normaliser: ``identity``; ``max`` (depth): channel mean over the picture's maximum; ``minmax_inverted``
-            (lineart): 1 minus the channel mean's min-max. Blank maps stay finite.
-
-    Returns:
-        ``[B,C or 1,h,w]`` float32 in [0,1].
-
-    Source: InnerControl's per-task normalisations (arXiv 2507.02321), with an epsilon where theirs divide by 0.
-    """
-    low, high = control_range
-    scaled = ((reading.float() - low) / (high - low)).clamp(0, 1)
-    if normaliser == "identity":
-        return scaled
-    scaled = scaled.mean(1, keepdim=True)
-    top = scaled.amax((2, 3), keepdim=True)
-    if normaliser == "max":
-        return scaled / top.clamp(min=_EPS)
-    bottom = scaled.amin((2, 3), keepdim=True)
-    return 1 - (scaled - bottom) / (top - bottom).clamp(min=_EPS)
 
 
 class FidelityMonitor:
@@ -67,7 +40,8 @@ class FidelityMonitor:
     ) -> None:
         self._probe = probe
         self._taps = [f"tap_{i}" for i in range(taps)]
-        self._control = control_maps.to(probe.device, torch.float32)
+        target, _ = control_target(control_maps.to(probe.device, torch.float32), normaliser)
+        self._control = target.expand(-1, 3, -1, -1).contiguous()  # three channels, as the kernel takes them
         self._range = control_range
         self._normaliser = normaliser
         self._steps = steps

@@ -101,7 +101,7 @@ class InnerControlPipeline(StableDiffusionControlNetPipeline):  # type: ignore[m
             pipe._probe = load_probe_kernels(bundle, device) if probe_kernels else load("probe")
         if cuda_graph:
             pipe.unet.graphs = pipe.controlnet.graphs = StepGraphs(pipe.controlnet.engine, pipe.unet.engine)
-        pipe.condition = conditions.get(bundle.manifest.condition["name"])
+        pipe.condition = bundle.condition()
         return pipe
 
     _probe: Any = None

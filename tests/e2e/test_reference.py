@@ -25,7 +25,7 @@ def reference_pipe() -> StableDiffusionControlNetPipeline:
 
 def test_the_model_is_small_enough_and_free_of_pickles() -> None:
     files = [p for p in icexport.reference_path().rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) <= 40e6
+    assert sum(p.stat().st_size for p in files) <= 60e6
     assert not [p.name for p in files if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 
 

@@ -161,8 +161,8 @@ def test_train_needs_its_extra(icexport, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_train_base(icexport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
-    monkeypatch.setattr("training.reference.train", lambda *args: calls.append(args))
-    monkeypatch.setattr("training.tokenizer.find_bpe_file", lambda: Path("bpe"))
+    monkeypatch.setattr("training.reference.stages.train", lambda *args: calls.append(args))
+    monkeypatch.setattr("training.reference.tokenizer.find_bpe_file", lambda: Path("bpe"))
     assert icexport("train", "base", "--work", tmp_path).exit_code == 0
     assert [args[:2] for args in calls] == [(tmp_path, tmp_path / "model")]
     recipe = tmp_path / "recipe.toml"

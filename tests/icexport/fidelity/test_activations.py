@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from icexport import conditions
 from icexport.build_spec import BuildSpec, graphs
-from icexport.errors import ConditionError
 from icexport.export.onnx import size_of
 from icexport.export.profile import Profile, SizeRange
 from icexport.fidelity import activations
@@ -87,17 +87,13 @@ def test_fixed_batches_and_no_probe(tiny_model: Path) -> None:
     assert found["vae_decoder"][0].inputs["latents"].shape[0] == 3
 
 
-def test_control_pictures(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    edges = activations.control_picture("canny", 64, 96)
+def test_control_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edges = activations.control_picture(conditions.get("canny"), 64, 96)
     assert edges.shape == (1, 3, 64, 96)
     assert set(edges.unique().tolist()) == {0.0, 1.0}
     assert 0.02 < edges.mean() < 0.3
 
-    def missing(_name: str) -> None:
-        raise ConditionError("no weights")
-
-    monkeypatch.setattr(activations.conditions, "get", missing)
     with caplog.at_level(logging.WARNING):
-        plain = activations.control_picture("depth", 64, 64)
+        plain = activations.control_picture(conditions.get("hed", weights=tmp_path / "none.safetensors"), 64, 64)
     assert plain.unique().numel() > 5
-    assert "plain drawing as the control map: no weights" in caplog.text
+    assert "plain drawing as the control map: The HED weights" in caplog.text

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from engines.base import TensorSpec
 from icexport.errors import UsageError
-from icexport.runtime.monitor import FidelityMonitor, normalise
+from icexport.fidelity.normalise import normalise
+from icexport.runtime.monitor import FidelityMonitor
 
 
 class Probe:
@@ -104,3 +105,21 @@ def test_nothing_read() -> None:
 def test_a_batch_of_another_size_is_refused() -> None:
     with pytest.raises(UsageError, match=r"ran on 3 samples, but there are 2 control maps .*callback_on_step_end"):
         monitor(torch.zeros(2, 3, 4, 4))(torch.tensor(1.0), outputs(torch.zeros(3, 1, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("normaliser", "control"),
+    [
+        ("max", [0.0, 0.2, 0.4]),  # depth: the nearest point has not to be white
+        ("minmax_inverted", [0.0, 0.5, 1.0]),  # lineart: white lines on black, and the reading is dark on white
+    ],
+)
+def test_a_perfect_reading_is_without_error(normaliser: str, control: list[float]) -> None:
+    maps = torch.tensor(control).reshape(1, 1, 1, 3).expand(1, 3, 2, 3)
+    watch = FidelityMonitor(Probe(), 1, maps, (-1.0, 1.0), normaliser)  # type: ignore[arg-type]
+    for reading in (maps, 1 - maps):
+        watch(torch.tensor(1.0), outputs(2 * reading[:, :1] - 1))
+    right, wrong = watch.finish()[0]
+
+    assert right.errors == pytest.approx([0.0], abs=1e-12)
+    assert wrong.errors[0] > 0.1

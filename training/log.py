@@ -1,0 +1,111 @@
+"""Where a run tells how it goes: lines on disk, trackers, and a bar on the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingLog:
+    """``output/log.jsonl`` and ``output/validation.jsonl``, one JSON object a line, and everything else that looks on.
+
+    Use it as a context manager. Only the first process writes.
+
+    Args:
+        accelerator: of the run; its trackers get every row.
+        output: the run's folder.
+        name: what is trained.
+        first: updates that a checkpoint has behind it; rows of later ones are dropped, they are going to be repeated.
+        steps: updates in all.
+        settings: what trackers show as the run's configuration.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, output: Path, name: str, first: int, steps: int, settings: Mapping[str, Any]
+    ) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._accelerator, self._output, self._name, self._first = accelerator, output, name, first
+        self._settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
+        columns = (
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[row]}"),
+        )
+        self._hidden = not (accelerator.is_main_process and sys.stderr.isatty())
+        self._bar = Progress(
+            TextColumn("{task.description}"), *columns, console=Console(stderr=True), disable=self._hidden
+        )
+        self._task = self._bar.add_task(name, total=steps, completed=first, row="")
+
+    def __enter__(self) -> Self:
+        if self._accelerator.is_main_process:
+            self._output.mkdir(parents=True, exist_ok=True)
+            for file in ("log.jsonl", "validation.jsonl"):
+                _drop_rows(self._output / file, self._first)
+        if self._accelerator.log_with:
+            self._accelerator.init_trackers(self._name, self._settings)
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        # Not Accelerator.end_training: it would also end the process group, and a program may train several times.
+        self._accelerator.trackers.clear()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of the log."""
+        self._append("log.jsonl", step, values)
+        self._accelerator.log(_finite(values), step=step)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._bar.update(self._task, row=text)
+        if self._hidden:
+            logger.info("%s step %d: %s", self._name, step, text)
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of the validation's log, if there is anything to say."""
+        if not values:
+            return
+        self._append("validation.jsonl", step, values)
+        self._accelerator.log({f"validation/{name}": value for name, value in _finite(values).items()}, step=step)
+
+    def _append(self, file: str, step: int, values: Mapping[str, float]) -> None:
+        finite = _finite(values)
+        row = {"step": step} | {name: finite.get(name) for name in values}  # JSON has no NaN
+        with (self._output / file).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _drop_rows(path: Path, last: int) -> None:
+    """Remove the rows after step ``last``, and one that a crash cut short."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= last), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""The embedded reference model: how it is made from nothing, and judged."""
