@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -175,6 +176,7 @@ def silence_libraries() -> None:
     """
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         return
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets reads it when it is imported
     import diffusers.utils.logging
     import huggingface_hub.utils
     import transformers.utils.logging
