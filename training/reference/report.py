@@ -70,8 +70,9 @@ def loss_curves(work: Path, output: Path) -> None:
         axis.axis("off")
     for axis, (name, file) in zip(axes.flat, files.items(), strict=False):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        axis.plot([r["step"] for r in rows], [r["loss"] for r in rows])
-        axis.set(title=name, yscale="log")
+        losses = [row["loss"] for row in rows]
+        axis.plot([row["step"] for row in rows], losses)
+        axis.set(title=name, yscale="log" if max(losses) > 2 * min(losses) else "linear")
     figure.tight_layout()
     figure.savefig(output, dpi=90)
     plt.close(figure)
