@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def table(recipe: Recipe, work: Path, condition: str) -> str:
         f"### {condition}",
         "",
         f"| arm | seeds | {primary.title} | better than {BASELINE} by [95 %] | each seed | {secondary.title} | "
-        "probe | held-out probe | feature distance |",
+        "probe | held-out probe | feature distance, 1e-4 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     others = {row.arm: row for row in rows(recipe, work, condition, secondary)}
@@ -119,7 +120,7 @@ def table(recipe: Recipe, work: Path, condition: str) -> str:
         probes = [_probe(result, kind) for kind in ("attn", "held-out")]
         lines.append(
             f"| {name} | | {_number(values[0])} | | | {_number(values[1])} | {' | '.join(probes)} | "
-            f"{_distance([result], real):.4f} |"
+            f"{1e4 * _distance([result], real):.1f} |"
         )
     for row in rows(recipe, work, condition, primary):
         gain = "" if row.difference is None else "{:+.4g} [{:+.4g}, {:+.4g}]".format(*row.difference)
@@ -130,7 +131,7 @@ def table(recipe: Recipe, work: Path, condition: str) -> str:
         ]
         lines.append(
             f"| {row.arm} | {len(row.seeds)} | {_number(row.mean)} | {gain} | {seeds} | "
-            f"{_number(others[row.arm].mean)} | {' | '.join(probes)} | {_distance(list(row.results), real):.4f} |"
+            f"{_number(others[row.arm].mean)} | {' | '.join(probes)} | {1e4 * _distance(row.results, real):.1f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -216,7 +217,7 @@ def _probe(result: dict[str, Any], kind: str) -> str:
     return f"{_matched(result, kind):.4f}" if "probes" in result else ""
 
 
-def _distance(results: list[dict[str, Any]], real: Tensor) -> float:
+def _distance(results: Sequence[dict[str, Any]], real: Tensor) -> float:
     """Kernel distance of the judge's features to those of training pictures, mean over runs."""
     found = [kernel_distance(torch.tensor(result["features"]), real) for result in results]
     return sum(found) / len(found)
