@@ -26,6 +26,7 @@ from training.judge import Judge, ReadingTask, draw_pictures
 from training.losses import LossConfig
 from training.models import BaseModels, load_base, new_controlnet
 from training.probe import ProbeTask, new_probe
+from training.reference.stages import PROBE_SIZES
 from training.trainer import Task, TrainerConfig, train
 
 PROBE_SEEDS: dict[ProbeKind, int] = {"attn": 0, "conv": 0, "plain": 0, "random": 0, "held-out": 1}
@@ -126,7 +127,7 @@ class Setting:
             pictures = torch.cat((self.training.pixels, self._decoded(self.training.latents[::2])))
             maps = torch.cat((self.training.maps, self.training.maps[::2]))
             draw = draw_pictures(pictures, maps, self.recipe.judge.batch_size)
-            _run(
+            train(
                 ReadingTask(Judge(), error=F.l1_loss if self.name == "depth" else F.mse_loss),
                 DrawnBatches(draw, seed=1),
                 self.recipe.judge,
@@ -175,11 +176,4 @@ class Setting:
         return draw
 
     def _train(self, task: Task, config: TrainerConfig, folder: Path, seed: int = 0) -> None:
-        _run(task, self.batches(config.batch_size, seed), config, folder)
-
-
-PROBE_SIZES: dict[str, Any] = {"projection_dim": 64, "num_groups": 8, "head_dims": (24, 8), "output_scale": 2}
-
-
-def _run(task: Task, batches: DrawnBatches, config: TrainerConfig, folder: Path) -> None:
-    train(task, batches, config, folder)
+        train(task, self.batches(config.batch_size, seed), config, folder)

@@ -139,6 +139,6 @@ def _leak(
     return [{name: round(value, 5) for name, value in row.items()} for row in rows]
 
 
-def options(name: str, hed_weights: Path | None) -> Condition:
+def judging_condition(name: str, hed_weights: Path | None) -> Condition:
     """The condition that judges the reference model."""
     return conditions.of_model(name, "reference", **({"weights": hed_weights} if name == "hed" else {}))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from icexport import conditions
 from training.data import icons
-from training.reference.measure import GUIDANCE, STEPS, measure_condition, options
+from training.reference.measure import GUIDANCE, STEPS, judging_condition, measure_condition
 from training.reference.stages import RECIPE
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,9 @@ def main() -> None:
     args.docs.mkdir(parents=True, exist_ok=True)
     found = {}
     for name in conditions.names():
-        found[name], rows, prompts = measure_condition(args.model, args.work, options(name, args.hed_weights))
+        found[name], rows, prompts = measure_condition(
+            args.model, args.work, judging_condition(name, args.hed_weights)
+        )
         contact_sheet(prompts, rows).save(args.docs / f"reference-{name}.png", optimize=True)
         logger.info("%s %s", name, found[name]["score"])
     loss_curves(args.work, args.docs / "reference-curves.png")
