@@ -45,7 +45,7 @@ $(BINDINGS)/ready: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m icexport._preflight
+	$(BIN)/python -m icexport.host.preflight
 	touch $@
 
 clean:

@@ -24,16 +24,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from icexport.export import DEFAULT_OPSET
 from icexport.export.onnx import export_graph
-from icexport.export.precision import read_precision, torch_dtype
-from icexport.export.profile import Profile, SizeRange
-from icexport.models.graphs import (
-    Graph,
+from icexport.export.precision import read_precision
+from icexport.graphs.graph import Graph
+from icexport.graphs.profile import Profile, SizeRange
+from icexport.graphs.stable_diffusion import (
     controlnet_graph,
     probe_graph,
     text_encoder_graph,
     unet_graph,
     vae_decoder_graph,
 )
+from icexport.models.dtypes import torch_dtype
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.sizes import latent_multiple, size_multiple
 from icexport.models.taps import Taps

@@ -20,11 +20,11 @@ from typing import Any
 from benchmarks.export_size import GRAPHS, VAE_CONFIG, sd15_graph, sd15_unet_config
 from engines.tensorrt.plan import PlanRequest
 from engines.tensorrt.worker import build
-from icexport.bundle.plans import optimisation_profiles
+from icexport.backends.plans import optimisation_profiles
 from icexport.export import DEFAULT_OPSET
 from icexport.export.onnx import export_graph
-from icexport.export.precision import torch_dtype
-from icexport.export.profile import Profile, SizeRange
+from icexport.graphs.profile import Profile, SizeRange
+from icexport.models.dtypes import torch_dtype
 from icexport.models.sizes import size_multiple
 
 

@@ -33,14 +33,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from icexport import conditions
-from training.controlnet import ControlNetTask
 from training.data.config import DataConfig
 from training.data.loading import open_data
 from training.data.scenes import render_many
-from training.extractors import reward_extractor
-from training.losses import LossConfig, in_range, masked_mean, reward_loss
-from training.models import BaseModels, load_base, new_controlnet
-from training.trainer import TrainerConfig, train
+from training.loop.trainer import TrainerConfig, train
+from training.tasks.controlnet import ControlNetTask
+from training.tasks.extractors import reward_extractor
+from training.tasks.frozen import BaseModels, load_base, new_controlnet
+from training.tasks.losses import LossConfig, in_range, masked_mean, reward_loss
 
 SIZE = 64
 PICTURES = 64

@@ -5,23 +5,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from icexport.host.versions import __version__
 
 if TYPE_CHECKING:
     from icexport import conditions
-    from icexport.builder import build
+    from icexport.builder.build import build
     from icexport.bundle.store import Bundle
+    from icexport.fidelity.report import FidelityReport
+    from icexport.gates.verify import verify
     from icexport.models.probe import InnerControlProbe
     from icexport.reference import reference_path
-    from icexport.runtime.outputs import FidelityReport
     from icexport.runtime.pipeline import InnerControlPipeline
-    from icexport.verification import verify
 
 __all__ = [
     "Bundle",
     "FidelityReport",
     "InnerControlPipeline",
     "InnerControlProbe",
+    "__version__",
     "build",
     "conditions",
     "reference_path",
@@ -30,12 +31,12 @@ __all__ = [
 
 _WHERE = {
     "Bundle": "icexport.bundle.store",
-    "FidelityReport": "icexport.runtime.outputs",
+    "FidelityReport": "icexport.fidelity.report",
     "InnerControlPipeline": "icexport.runtime.pipeline",
     "InnerControlProbe": "icexport.models.probe",
-    "build": "icexport.builder",
+    "build": "icexport.builder.build",
     "reference_path": "icexport.reference",
-    "verify": "icexport.verification",
+    "verify": "icexport.gates.verify",
 }
 
 

@@ -3,11 +3,11 @@
     [model]       cond = "canny", base = "reference", controlnet, probe
     [data]        `training.data.config.DataConfig`
     [condition]   options of the condition: weights, thresholds
-    [loss]        preset = "innercontrol", and any field of `training.losses.LossConfig`       (train controlnet)
+    [loss]        preset = "innercontrol", and any field of `training.tasks.losses.LossConfig`       (train controlnet)
     [controlnet]  `ControlNetOptions`                                                          (train controlnet)
     [probe]       `ProbeOptions`                                                               (train probe)
-    [training]    `training.trainer.TrainerConfig`
-    [validation]  `training.validation.ValidationConfig`                                       (train controlnet)
+    [training]    `training.loop.config.TrainerConfig`
+    [validation]  `training.tasks.validation.ValidationConfig`                                       (train controlnet)
 
 TOML has no null: a number that may be None is ``"none"`` then.
 """
@@ -30,10 +30,10 @@ from icexport.models import loading
 from icexport.models.probe import TimestepConvention
 from icexport.models.taps import TapKind
 from training.data.config import DataConfig
-from training.losses import LossConfig
+from training.loop.trainer import TrainerConfig
 from training.presets import Preset, preset
-from training.trainer import TrainerConfig
-from training.validation import ValidationConfig
+from training.tasks.losses import LossConfig
+from training.tasks.validation import ValidationConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,7 +89,7 @@ class ControlNetOptions:
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """How a probe is made and trains. The sizes count for new probes only; None: those of `training.probe.new_probe`.
+    """How a probe is made and trains. The sizes count for new probes; None: as `training.tasks.probe.new_probe`.
 
     Attributes:
         taps: which activations it reads.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from icexport.errors import UsageError
-from training.losses import LossConfig
+from training.tasks.losses import LossConfig
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Preset:
 
     Attributes:
         loss: Its losses.
-        training: Values of ``training.trainer.TrainerConfig``. Batch size and accumulation are for each of eight GPUs.
+        training: Of `training.loop.config.TrainerConfig`. Batch size and accumulation are for each of eight GPUs.
         start: Hub id of the ControlNet that it starts from.
         reward_model: What the publication rewards with: a hub id (depth) or the file's name (hed, lineart); None: no
             network, or no reward.

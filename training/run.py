@@ -17,16 +17,16 @@ from icexport.errors import UsageError
 from icexport.models import loading
 from icexport.models.probe import InnerControlProbe
 from training.config import ControlNetRun, ModelConfig, ProbeOptions, ProbeRun
-from training.controlnet import ControlNetTask
 from training.data.config import DataConfig
 from training.data.loading import open_data
-from training.leak import leak_test
-from training.models import BaseModels, base_folder, load_base, new_controlnet
-from training.probe import ProbeTask, new_probe
-from training.processes import make_accelerator
-from training.task import Task
-from training.trainer import train
-from training.validation import Validation, first_pictures
+from training.loop.processes import make_accelerator
+from training.loop.task import Task
+from training.loop.trainer import train
+from training.tasks.controlnet import ControlNetTask
+from training.tasks.frozen import BaseModels, base_folder, load_base, new_controlnet
+from training.tasks.leak import leak_test
+from training.tasks.probe import ProbeTask, new_probe
+from training.tasks.validation import Validation, first_pictures
 
 logger = logging.getLogger(__name__)
 

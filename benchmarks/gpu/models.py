@@ -21,14 +21,15 @@ from benchmarks.gpu.report import Context, NotAvailable, Report
 from engines import registry
 from engines.capture import CapturedCall
 from icexport import conditions
+from icexport.backends.engines import load_engine
+from icexport.backends.plans import PLAN_BACKENDS
+from icexport.backends.tensorrt import make_scratch
 from icexport.bench.latency import run_latency
-from icexport.bundle.engines import load_engine, make_scratch
-from icexport.bundle.plans import PLAN_BACKENDS
 from icexport.bundle.store import Bundle
-from icexport.conditions.base import to_pixels, to_rgb
 from icexport.errors import ParityError
-from icexport.export.onnx import example_inputs
-from icexport.fidelity.control import psnr
+from icexport.fidelity.metrics import psnr
+from icexport.graphs.graph import example_inputs
+from icexport.host.pictures import to_pixels, to_rgb
 from icexport.models.fused_probe import FusedProbe
 from icexport.models.sizes import size_multiple
 from icexport.runtime.pipeline import InnerControlPipeline

@@ -22,10 +22,11 @@ from engines.base import Engine
 from engines.kernels import SPECS
 from engines.kernels.spec import Case
 from engines.torch_eager import TorchEngine
-from icexport.bundle.plans import PLAN_BACKENDS, optimisation_profiles
-from icexport.export.onnx import example_inputs, export_graph
-from icexport.export.profile import Profile, SizeRange
-from icexport.models.graphs import controlnet_graph, unet_graph
+from icexport.backends.plans import PLAN_BACKENDS, optimisation_profiles
+from icexport.export.onnx import export_graph
+from icexport.graphs.graph import example_inputs
+from icexport.graphs.profile import Profile, SizeRange
+from icexport.graphs.stable_diffusion import controlnet_graph, unet_graph
 from icexport.models.probe import ProbeConfig
 from icexport.models.sizes import size_multiple
 from icexport.models.taps import Taps

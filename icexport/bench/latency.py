@@ -10,10 +10,7 @@ import functools
 import gc
 import json
 import os
-import platform
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icexport.build_spec import installed
-from icexport.bundle.engines import built_backends, choose_backend, default_device
+from icexport.backends.engines import built_backends, choose_backend, default_device
+from icexport.bundle.source import recorded_source
 from icexport.bundle.store import Bundle
 from icexport.errors import UsageError
-from icexport.fidelity.control import psnr
-from icexport.runtime.pipeline import InnerControlPipeline, load_scheduler
-from icexport.verification import recorded_source
+from icexport.fidelity.metrics import psnr
+from icexport.host.versions import machine
+from icexport.runtime.pipeline import InnerControlPipeline
+from icexport.runtime.schedulers import load_scheduler
 
 BASELINE = "diffusers"
 """Name of the eager ``StableDiffusionControlNetPipeline``, in float32 or the bundle's float16."""
@@ -270,36 +268,11 @@ def _step_seconds(call: Callable[[Callable[..., dict[str, Tensor]]], object], de
     return statistics.median(b - a for a, b in pairwise(ends)) if len(ends) > 1 else None
 
 
-def machine(device: str = "cpu") -> dict[str, str]:
-    """Processor and GPU, cores, threads, versions, and the commit where this is a checkout."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = models[0] if models else cpu
-    found = {
-        "CPU": cpu,
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-    }
-    if device.startswith("cuda"):
-        found["GPU"] = torch.cuda.get_device_name(device)
-    found["threads"] = str(torch.get_num_threads())
-    found |= {name: installed(name) for name in ("torch", "diffusers", "onnxruntime")}
-    root, git = Path(__file__).parents[2], shutil.which("git")
-    if git and (root / ".git").exists():
-        command = [git, "-C", str(root), "describe", "--always", "--dirty"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  fixed arguments
-        found |= {"commit": result.stdout.strip()} if result.returncode == 0 else {}
-    return found
-
-
 def _diffusers(bundle: Bundle, device: str) -> Any:
     """Diffusers' own pipeline on the same weights, in the bundle's precision."""
     from diffusers import StableDiffusionControlNetPipeline
 
-    from icexport.export.precision import torch_dtype
+    from icexport.models.dtypes import torch_dtype
 
     source, dtype = recorded_source(bundle), torch_dtype(bundle.manifest.dtype)
     return StableDiffusionControlNetPipeline(

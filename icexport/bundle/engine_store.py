@@ -21,8 +21,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from icexport.bundle.manifest import MANIFEST_NAME, Manifest
-from icexport.bundle.store import sha256
 from icexport.errors import BundleError
+from icexport.host.files import sha256
 
 logger = logging.getLogger(__name__)
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from icexport.errors import BundleError, DamagedBundleError, SchemaError, UsageError
-from icexport.export.profile import Profile
-
-if TYPE_CHECKING:
-    from engines.base import TensorSpec
+from icexport.graphs.profile import Profile
 
 MANIFEST_NAME = "icexport.json"
 PROBE_FOLDER = "probe"
@@ -172,16 +168,6 @@ def check_paths(paths: Iterable[str], origin: Path) -> None:
         raise SchemaError(
             f"{origin} names paths outside the bundle: {', '.join(map(repr, bad))}. Do not use this bundle."
         )
-
-
-def describe(spec: TensorSpec) -> dict[str, Any]:
-    """A ``TensorSpec`` as the manifest holds it."""
-    return {"name": spec.name, "dtype": str(spec.dtype).removeprefix("torch."), "shape": list(spec.shape)}
-
-
-def digest(data: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON-able mapping, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def key_parts(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -17,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from icexport.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest
 from icexport.errors import BundleError, DamagedBundleError
+from icexport.host.files import sha256
 
 if TYPE_CHECKING:
     from icexport.conditions import Condition
@@ -124,23 +123,6 @@ class Bundle:
                 problems.append(f"{name} cannot be read ({error.strerror or error})")
         if problems:
             raise DamagedBundleError(f"The bundle {self.path} is damaged: {'; '.join(problems)}. Build it again.")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file.fileno())
-        )
-
-
-def _digest(descriptor: int) -> str:
-    found = hashlib.sha256()
-    while chunk := os.read(descriptor, 1 << 20):
-        found.update(chunk)
-    return found.hexdigest()
 
 
 def hash_files(folder: Path) -> dict[str, str]:

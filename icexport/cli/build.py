@@ -148,7 +148,7 @@ def export(
 
 
 def _build(conds: list[str], output: Path | None, root: Path, as_json: bool, **options: Any) -> None:
-    from icexport import builder
+    from icexport.builder import build as builder
 
     conds = list(dict.fromkeys(conds))
     if len(conds) > 1:

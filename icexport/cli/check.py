@@ -54,7 +54,7 @@ def verify(
 
     Every file against its hash, and every engine against the PyTorch model that the bundle was made from.
     """
-    from icexport.verification import verify as run
+    from icexport.gates.verify import verify as run
 
     failure = None
     with Steps() as steps:
@@ -130,7 +130,7 @@ def _gpus() -> list[str]:
 
 def _problems(backends: list[dict[str, Any]]) -> list[str]:
     """Everything for which icexport cannot run at all, each with its fix."""
-    from icexport._preflight import check_torchvision
+    from icexport.host.preflight import check_torchvision
 
     problems = []
     if missing := [name for name in _NEEDED if find_spec(name) is None]:

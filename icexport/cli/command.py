@@ -59,7 +59,7 @@ class Command(TyperCommand):
         try:
             configure(-1 if before["quiet"] or after["quiet"] else verbosity)
             if self.name != "doctor":  # which reports it as a finding
-                from icexport._preflight import check_torchvision
+                from icexport.host.preflight import check_torchvision
 
                 check_torchvision()
             return super().invoke(ctx)

@@ -217,7 +217,7 @@ def _size(height: int | None, width: int | None) -> tuple[int, int] | None:
 
 def _first_size(pictures: Path | None) -> tuple[int, int]:
     """(height, width) of the first finished picture."""
-    from icexport.cli.pictures import read_picture
+    from icexport.host.pictures import read_picture
 
     first = min(pictures.glob("*.png"), default=None) if pictures else None
     if first is None:

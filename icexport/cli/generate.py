@@ -13,7 +13,7 @@ from icexport.errors import FidelityError, UsageError
 
 if TYPE_CHECKING:
     from icexport.bundle.store import Bundle
-    from icexport.runtime.outputs import FidelityReport
+    from icexport.fidelity.report import FidelityReport
 
 _MAX_SEED = 2**63 - 1
 _MAX_PICTURES = 10_000
@@ -95,8 +95,8 @@ def generate(
     opened = Bundle(bundle)
     height, width = _size(opened, height, width)
     silence_libraries()  # before the next imports, which warn
-    from icexport.cli.draw import batches, control_picture, draw, load
-    from icexport.cli.pictures import save_png
+    from icexport.host.pictures import save_png
+    from icexport.runtime.drawing import batches, control_picture, draw, load
 
     sizes = batches(opened, num_images)
     given = {"low_threshold": low_threshold, "high_threshold": high_threshold}

@@ -108,7 +108,8 @@ def _bundle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _runs_here(bundle: Bundle, key: str) -> str:
     """``yes``, or why the engine cannot run on this machine."""
     from engines import registry
-    from icexport.bundle.engines import default_device, refusal
+    from icexport.backends.engines import default_device
+    from icexport.backends.tensorrt import refusal
 
     entry = bundle.manifest.engines[key]
     state = registry.check(entry.backend)
@@ -120,7 +121,7 @@ def _runs_here(bundle: Bundle, key: str) -> str:
 
 def _plan(path: Path) -> dict[str, Any]:
     """A TensorRT plan, by what was written down beside it: the plan itself can be read on its own kind of GPU only."""
-    from icexport.bundle.plans import REPORT_NAME
+    from icexport.backends.plans import REPORT_NAME
 
     report = _json(path.parent / REPORT_NAME)
     if not report:

@@ -21,7 +21,7 @@ app = typer.Typer(name="train", help="Train models.", no_args_is_help=True, rich
 def group() -> None:
     """Train models.
 
-    On several GPUs: accelerate launch -m training COMMAND, with the same options.
+    On several GPUs: accelerate launch -m icexport train COMMAND, with the same options.
     """
 
 

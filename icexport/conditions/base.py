@@ -7,12 +7,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from icexport.errors import ConditionError
+from icexport.host.pictures import round_to_8bit, to_image, to_pixels, to_rgb
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -129,36 +129,6 @@ class Condition(ABC):
     @abstractmethod
     def _compare(self, readings: Tensor, control_maps: Tensor) -> Tensor:
         """Score ``[B]`` of readings ``[B,1,H,W]`` against control maps of the same shape."""
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture of any 8-bit mode to RGB, transparent parts on white.
-
-    Raises:
-        ConditionError: If it has more than 8 bits a channel, which Pillow would clip without a word.
-    """
-    if image.mode.startswith(("I", "F")):
-        raise ConditionError(f"The picture has mode {image.mode!r} (more than 8 bits); save it with 8 bits a channel.")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB picture as ``[1,3,H,W]`` float32 in [0,1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """A map ``[1|3,H,W]`` in [0,1] as an RGB picture, rounded to 8 bits."""
-    levels = (255 * round_to_8bit(pixels)).round().byte().expand(3, -1, -1)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
-def round_to_8bit(pixels: Tensor) -> Tensor:
-    """Clip to [0,1] and round to multiples of 1/255, as a saved picture is."""
-    return (255 * pixels.clamp(0, 1)).round() / 255
 
 
 def _checked(pixels: Tensor, name: str) -> Tensor:

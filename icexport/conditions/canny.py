@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icexport.conditions.base import Condition, round_to_8bit
+from icexport.conditions.base import Condition
 from icexport.errors import ConditionError
-from icexport.fidelity.control import default_tolerance_px, edge_f1, gaussian_filter
+from icexport.fidelity.metrics import default_tolerance_px, edge_f1, gaussian_filter
+from icexport.host.pictures import round_to_8bit
 
 MAX_MAGNITUDE = 6
 """Largest L1 norm that a 3 x 3 Sobel pair gives for pixels in [0,1]; for 8 bits 255 times as much."""

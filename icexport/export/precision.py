@@ -2,7 +2,7 @@
 
 TensorRT 11 and TensorRT-RTX have no precision flags, so the ONNX file decides. ``fp16`` and ``bf16`` mean weights and
 activations in that type, except for the islands below, which every graph has, and in ``fp16`` for those that
-``icexport.export.mixed`` finds necessary for one model.
+``icexport.builder.mixed`` finds necessary for one model.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 import onnx
-import torch
 
-from icexport.errors import ExportError, UsageError
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from icexport.errors import ExportError
 
 FP32_ISLANDS = {
     "timestep sinusoids": "float16 cannot hold 999 times the smallest frequency exactly enough; cast after them",
@@ -29,21 +26,10 @@ _FLOATS = ("bfloat16", "double", "float", "float16")
 _ONNX_FLOATS = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 
 WIDE = ".fp32"
-"""Suffix of the float32 twin of a float16 value or weight, in the islands that ``icexport.export.mixed`` makes."""
+"""Suffix of the float32 twin of a float16 value or weight, in the islands that ``icexport.builder.mixed`` makes."""
 
 _ISLAND_ELEMENTS = 4096
 """A constant of another float type above this size is a weight that was left behind, not an island's table."""
-
-
-def torch_dtype(dtype: str) -> torch.dtype:
-    """The torch dtype of ``fp32``, ``fp16`` or ``bf16``.
-
-    Raises:
-        UsageError: another name.
-    """
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: choose {' or '.join(DTYPES)}.")
-    return DTYPES[dtype]
 
 
 def read_precision(path: Path, dtype: str) -> dict[str, int]:

@@ -25,8 +25,8 @@ from diffusers.models.controlnets.controlnet import ControlNetModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from icexport.bundle.store import sha256
 from icexport.errors import CheckpointError, UsageError
+from icexport.host.files import sha256
 from icexport.models.align import NORMALISERS, read_align_model
 from icexport.models.checkpoint import read_safetensors, state_problems
 from icexport.models.probe import CONFIG_NAME, WEIGHTS_NAME, InnerControlProbe, TimestepConvention

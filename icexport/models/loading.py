@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from icexport.bundle.store import sha256
 from icexport.errors import CheckpointError, UsageError
+from icexport.host.files import sha256
 from icexport.reference import reference_path
 
 if TYPE_CHECKING:  # a cache hit of ``build`` hashes files and must not pay for these imports

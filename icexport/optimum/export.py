@@ -17,11 +17,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from engines.base import TensorSpec
-from icexport.build_spec import check_fit
+from icexport import conditions
 from icexport.errors import CheckpointError, ExportError
-from icexport.export.onnx import example_inputs
-from icexport.export.precision import torch_dtype
-from icexport.models.graphs import Graph, controlnet_graph, probe_graph, unet_graph
+from icexport.graphs.graph import Graph, example_inputs
+from icexport.graphs.stable_diffusion import controlnet_graph, probe_graph, unet_graph
+from icexport.models.dtypes import torch_dtype
+from icexport.models.fit import check_fit
 from icexport.models.loading import ModelSource
 from icexport.models.probe import CONFIG_NAME, InnerControlProbe
 from icexport.models.sizes import latent_multiple, vae_factor
@@ -47,6 +48,7 @@ def controlled(condition: str, model: str, controlnet: str | None = None, probe:
         ExportError: optimum exported without asking for the parts.
     """
     source = ModelSource.find(condition, model, controlnet, probe)
+    conditions.get(condition)
     check_fit(source)
     _check_readable(source.base)
     plain = optimum_parts.get_diffusion_models_for_export

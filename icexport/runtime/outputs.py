@@ -2,71 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-from numpy.typing import NDArray
 
-
-@dataclass(frozen=True)
-class StepReading:
-    """What the probe read at one step.
-
-    Attributes:
-        index: 0-based number of the UNet call.
-        timestep: of the noise schedule, 999 (noise) to 0 (picture).
-        errors: for each picture, mean squared error of the reading against its control map, both in [0,1].
-    """
-
-    index: int
-    timestep: float
-    errors: list[float]
-
-
-@dataclass(frozen=True)
-class FidelityReport:
-    """How well the pictures obey their control maps. ``bool(report)`` is the verdict.
-
-    Attributes:
-        condition: name of the condition.
-        metric: of ``scores``, with ``unit`` and ``higher_is_better``.
-        unit: see ``metric``.
-        higher_is_better: see ``metric``.
-        scores: for each picture, the final score; None where no pictures were decoded (``output_type="latent"``).
-        steps: the probe's readings while sampling; empty without a probe.
-        heat_map: float32 ``[B,h,w]`` in [0,1], squared error of the last reading at the probe's resolution, or None.
-        calibrated: whether the step readings were mapped to expected final scores. Not yet: False.
-    """
-
-    condition: str
-    metric: str
-    unit: str
-    higher_is_better: bool
-    scores: list[float] | None
-    steps: list[StepReading] = field(default_factory=list)
-    heat_map: NDArray[np.float32] | None = None
-    calibrated: bool = False
-
-    def __bool__(self) -> bool:
-        """The verdict. Without a calibration there is no threshold to miss: only a NaN or infinite value fails."""
-        values = [*(self.scores or []), *(error for step in self.steps for error in step.errors)]
-        return all(math.isfinite(value) for value in values)
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dictionary without the heat map."""
-        return {
-            "condition": self.condition,
-            "metric": self.metric,
-            "unit": self.unit,
-            "higher_is_better": self.higher_is_better,
-            "scores": self.scores,
-            "passed": bool(self),
-            "calibrated": self.calibrated,
-            "steps": [{"index": s.index, "timestep": s.timestep, "errors": s.errors} for s in self.steps],
-        }
+from icexport.fidelity.report import FidelityReport
 
 
 @dataclass

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionControlNetPipeline, schedulers
+from diffusers import StableDiffusionControlNetPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
 from icexport import conditions
-from icexport.bundle.engines import choose_backend, default_device, load_engine, load_probe_kernels, make_scratch
+from icexport.backends.engines import choose_backend, default_device, load_engine
+from icexport.backends.probe_kernels import load_probe_kernels
+from icexport.backends.tensorrt import make_scratch
 from icexport.bundle.store import Bundle
 from icexport.errors import UnsupportedOptionError, UsageError
-from icexport.export.precision import DTYPES
-from icexport.export.profile import Profile
+from icexport.fidelity.monitor import FidelityMonitor
+from icexport.fidelity.report import FidelityReport
+from icexport.graphs.profile import Profile
+from icexport.models.dtypes import DTYPES
 from icexport.models.probe import ProbeConfig
 from icexport.models.sizes import size_multiple
 from icexport.runtime.components import EngineControlNet, EngineTextEncoder, EngineUNet, EngineVae
-from icexport.runtime.monitor import FidelityMonitor
-from icexport.runtime.outputs import FidelityReport, InnerControlPipelineOutput
+from icexport.runtime.outputs import InnerControlPipelineOutput
+from icexport.runtime.schedulers import load_scheduler
 from icexport.runtime.step import StepGraphs
 
 _UNSUPPORTED = {
@@ -354,30 +356,6 @@ class InnerControlPipeline(StableDiffusionControlNetPipeline):  # type: ignore[m
             steps=steps,
             heat_map=None if heat_map is None else heat_map.numpy(),
         )
-
-
-def load_scheduler(bundle: Bundle) -> SchedulerMixin:
-    """The scheduler of the class that its config names.
-
-    Raises:
-        BundleError: the class is not one of diffusers' schedulers.
-    """
-    folder = bundle.folder("scheduler")
-    name = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
-    return scheduler_class(name).from_pretrained(folder)
-
-
-def scheduler_class(name: str) -> Any:
-    """Diffusers' scheduler class of this name, with or without ``Scheduler`` at its end.
-
-    Raises:
-        UsageError: diffusers has no such scheduler; those that it has are listed.
-    """
-    known = [n for n in dir(schedulers) if n.endswith("Scheduler")]  # a lazy module: vars() has only what was used
-    for candidate in (name, f"{name}Scheduler"):
-        if candidate in known:
-            return getattr(schedulers, candidate)
-    raise UsageError(f"diffusers has no scheduler {name!r}. Known: {', '.join(known)}.")
 
 
 def _load_feature_extractor(bundle: Bundle) -> CLIPImageProcessor | None:

@@ -9,8 +9,8 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 import icexport
-from icexport.fidelity.control import psnr
-from icexport.runtime.pipeline import scheduler_class
+from icexport.fidelity.metrics import psnr
+from icexport.runtime.schedulers import scheduler_class
 from tests.e2e.drawings import PROMPTS, generators
 
 

@@ -9,8 +9,8 @@ import torch
 from filelock import FileLock
 
 import icexport
-from icexport.fidelity.control import psnr
-from icexport.verification import SIMULATION, simulated
+from icexport.fidelity.metrics import psnr
+from icexport.gates.parity_gate import SIMULATION, simulated
 from tests.e2e.drawings import PROMPTS
 
 GRAPHS = {"text_encoder", "controlnet", "unet", "probe", "vae_decoder"}

@@ -7,9 +7,9 @@ import pytest
 from icexport import conditions
 from icexport.errors import UsageError
 from training import presets
-from training.losses import LossConfig
+from training.loop.config import TrainerConfig
 from training.presets import preset
-from training.trainer_config import TrainerConfig
+from training.tasks.losses import LossConfig
 
 CONDITIONS = conditions.names()
 

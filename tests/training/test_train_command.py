@@ -208,7 +208,7 @@ def test_odd_sizes_are_refused(train: Train, tiny_model: Path, eight_pictures: P
 def test_training_is_started_as_a_module_and_its_help_loads_no_torch() -> None:
     code = "import sys; from icexport.cli import main, train; assert 'torch' not in sys.modules"
     environment = os.environ | {"COLUMNS": "200"}
-    for command in ([sys.executable, "-c", code], [sys.executable, "-m", "training", "controlnet", "--help"]):
+    for command in ([sys.executable, "-c", code], [sys.executable, "-m", "icexport", "train", "controlnet", "--help"]):
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert result.returncode == 0, result.stderr
     assert "--preset <innercontrol|controlnet++|finetune>" in result.stdout

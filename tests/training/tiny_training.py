@@ -10,7 +10,7 @@ from diffusers import ControlNetModel, DDPMScheduler
 
 from icexport import conditions
 from icexport.models.probe import InnerControlProbe
-from training.models import BaseModels, load_base
+from training.tasks.frozen import BaseModels, load_base
 
 CANNY = conditions.get("canny")
 

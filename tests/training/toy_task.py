@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.trainer import Batch, Task, TrainerConfig, TrainResult, make_accelerator, train
+from training.loop.trainer import Batch, Task, TrainerConfig, TrainResult, make_accelerator, train
 
 ROOT = Path(__file__).parents[2]
 CONFIG: dict[str, Any] = {

@@ -12,8 +12,8 @@ import fsspec
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from icexport.conditions.base import to_rgb
 from icexport.errors import IcexportError
+from icexport.host.pictures import to_rgb
 
 _DAMAGE = (
     OSError,

@@ -16,13 +16,13 @@ from diffusers import StableDiffusionControlNetPipeline
 from PIL import Image
 
 from icexport.bundle.store import Bundle
-from icexport.cli.pictures import save_png
-from icexport.conditions.base import to_pixels
 from icexport.errors import UsageError
-from icexport.export.precision import DTYPES
+from icexport.host.pictures import save_png, to_pixels
+from icexport.models.dtypes import DTYPES
 from icexport.models.loading import ModelSource
 from icexport.progress import Progress
-from icexport.runtime.pipeline import InnerControlPipeline, scheduler_class
+from icexport.runtime.pipeline import InnerControlPipeline
+from icexport.runtime.schedulers import scheduler_class
 
 SETTINGS = "settings.json"
 UNIPC = "UniPCMultistep"

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icexport.conditions.base import Condition, round_to_8bit
+from icexport.conditions.base import Condition
 from icexport.conditions.canny import Canny
 from icexport.conditions.depth import Depth, predict
 from icexport.errors import ConditionError, UsageError
-from icexport.fidelity.control import EPS, default_tolerance_px, depth_rmse, edge_f1, min_max, psnr, ssim
+from icexport.fidelity.metrics import EPS, default_tolerance_px, depth_rmse, edge_f1, min_max, psnr, ssim
+from icexport.host.pictures import round_to_8bit
 
 LEGACY_CANNY = (0.1, 0.2)
 """Thresholds of the published canny evaluation, for a gradient magnitude of pixels in [0,1]."""

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icexport.cli.pictures import save_png
-from icexport.conditions.base import Condition, to_image, to_pixels
+from icexport.conditions.base import Condition
 from icexport.errors import UsageError
+from icexport.host.pictures import save_png, to_image, to_pixels
 from training.data.config import DataConfig
 from training.data.records import Record, records
 from training.evaluation.features import FeatureExtractor

@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from icexport.conditions.base import Condition, to_image, to_pixels
+from icexport.conditions.base import Condition
+from icexport.host.pictures import to_image, to_pixels
 from training.evaluation.generate import Item, open_picture, picture_path, write_atomically
 from training.evaluation.metrics import METRICS, read
 

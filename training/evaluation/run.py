@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from icexport import __version__
-from icexport.bundle.store import sha256
 from icexport.conditions import Hed
 from icexport.conditions.base import Condition
 from icexport.conditions.hed import installed_weights
 from icexport.errors import ConditionError, UsageError
+from icexport.host.files import sha256
 from icexport.progress import Progress, silent
 from training.data.config import DataConfig
 from training.evaluation.features import ClipScore, FeatureExtractor, HedVgg16, Inception

@@ -19,7 +19,7 @@ from training.experiment.recipe import DEFAULT, Arm, ProbeKind, Recipe
 from training.experiment.report import write
 from training.experiment.run import RESULT, gradient_norms, judge, probe_rows, real_features, run_arm, save
 from training.experiment.setting import Setting
-from training.leak import TIMESTEPS
+from training.tasks.leak import TIMESTEPS
 
 LEAK_TESTED: tuple[ProbeKind, ...] = ("attn", "conv", "plain")
 """Probes whose leak test, with the ControlNet that the arms start from, is part of the report."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from icexport.errors import UsageError
-from training.losses import LossConfig
-from training.trainer import TrainerConfig
+from training.loop.trainer import TrainerConfig
+from training.tasks.losses import LossConfig
 
 if sys.version_info >= (3, 11):
     import tomllib

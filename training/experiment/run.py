@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from icexport.fidelity.control import depth_rmse
-from training.controlnet import ControlNetTask
+from icexport.fidelity.metrics import depth_rmse
 from training.experiment.recipe import Arm, ProbeKind
 from training.experiment.setting import Setting
-from training.leak import leak_test
-from training.losses import LossConfig
-from training.trainer import train
+from training.loop.trainer import train
+from training.tasks.controlnet import ControlNetTask
+from training.tasks.leak import leak_test
+from training.tasks.losses import LossConfig
 
 logger = logging.getLogger(__name__)
 

@@ -18,16 +18,16 @@ from icexport import conditions
 from icexport.conditions import Condition
 from icexport.models.probe import InnerControlProbe
 from icexport.reference import reference_path
-from training.controlnet import ControlNetTask
 from training.data.drawn import Draw, DrawnBatches
 from training.data.scenes import HELD_OUT, SceneSet, prepare, render_many
 from training.experiment.recipe import ProbeKind, Recipe
-from training.judge import Judge, ReadingTask, draw_pictures
-from training.losses import LossConfig
-from training.models import BaseModels, load_base, new_controlnet
-from training.probe import ProbeTask, new_probe
+from training.loop.trainer import Task, TrainerConfig, train
 from training.reference.stages import PROBE_SIZES
-from training.trainer import Task, TrainerConfig, train
+from training.tasks.controlnet import ControlNetTask
+from training.tasks.frozen import BaseModels, load_base, new_controlnet
+from training.tasks.judge import Judge, ReadingTask, draw_pictures
+from training.tasks.losses import LossConfig
+from training.tasks.probe import ProbeTask, new_probe
 
 PROBE_SEEDS: dict[ProbeKind, int] = {"attn": 0, "conv": 0, "plain": 0, "random": 0, "held-out": 1}
 

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 
-from training.trainer import Task
+from training.loop.trainer import Task
 
 SD_SCALING_FACTOR = 0.18215
 """Stable Diffusion's latent scale: latents times this have about unit variance."""

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from training.loop.trainer import Task
 from training.reference.layout import save_text_encoder
-from training.trainer import Task
 
 TEXT_WIDTH = 96
 TEXT_DROPOUT = 0.1

@@ -15,9 +15,9 @@ from icexport.conditions import Condition
 from icexport.models.probe import InnerControlProbe
 from training.data import icons
 from training.data.scenes import HELD_OUT, render_many
-from training.leak import leak_test
-from training.models import BaseModels, load_base
 from training.reference.autoencoder import reconstruction_psnr
+from training.tasks.frozen import BaseModels, load_base
+from training.tasks.leak import leak_test
 
 MAPS = 96
 """Held-out pictures of each condition."""

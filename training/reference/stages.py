@@ -21,19 +21,19 @@ from transformers import CLIPTextModel
 from icexport import conditions
 from icexport.models import loading
 from icexport.models.probe import InnerControlProbe
-from training.controlnet import ControlNetTask
 from training.data import icons, scenes
 from training.data.drawn import Draw, DrawnBatches
-from training.judge import ReadingTask, draw_pictures
-from training.losses import LossConfig
-from training.models import BaseModels
-from training.probe import ProbeTask, new_probe
+from training.loop.trainer import Task, TrainerConfig
+from training.loop.trainer import train as fit
 from training.reference import autoencoder, denoiser, pictures
 from training.reference.depth import Estimator, image_processor, new_estimator
 from training.reference.layout import save_text_encoder, save_tokenizer
 from training.reference.tokenizer import clip_tokenizer
-from training.trainer import Task, TrainerConfig
-from training.trainer import train as fit
+from training.tasks.controlnet import ControlNetTask
+from training.tasks.frozen import BaseModels
+from training.tasks.judge import ReadingTask, draw_pictures
+from training.tasks.losses import LossConfig
+from training.tasks.probe import ProbeTask, new_probe
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from engines.base import TensorSpec
 from icexport.export.onnx import export_graph
-from icexport.export.profile import SizeRange
-from icexport.models.graphs import Graph
+from icexport.graphs.graph import Graph
+from icexport.graphs.profile import SizeRange
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16

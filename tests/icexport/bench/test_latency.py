@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from icexport.bench.latency import LatencyReport, machine, run_latency
+from icexport.bench.latency import LatencyReport, run_latency
 from icexport.bundle.manifest import MANIFEST_NAME
 from icexport.errors import BundleError, CheckpointError, UsageError
+from icexport.host.versions import machine
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,11 @@ import pytest
 import torch
 
 from engines.base import TensorSpec
-from icexport.bundle.engines import specs
-from icexport.bundle.manifest import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    EngineEntry,
-    GraphEntry,
-    Manifest,
-    describe,
-    digest,
-    key_parts,
-)
+from icexport.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, EngineEntry, GraphEntry, Manifest, key_parts
 from icexport.errors import BundleError, DamagedBundleError, SchemaError
-from icexport.export.profile import Profile, SizeRange
+from icexport.graphs.graph import describe, specs
+from icexport.graphs.profile import Profile, SizeRange
+from icexport.host.files import digest
 
 PROFILE = Profile(SizeRange(1, 1, 4), SizeRange(64, 64, 64), SizeRange(64, 96, 128))
 

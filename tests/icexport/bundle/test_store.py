@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from icexport.bundle import store
 from icexport.bundle.manifest import MANIFEST_NAME, Manifest
-from icexport.bundle.store import Bundle, hash_files, sha256, writing
+from icexport.bundle.store import Bundle, hash_files, writing
 from icexport.errors import BundleError, DamagedBundleError
-from icexport.export.profile import Profile, SizeRange
+from icexport.graphs.profile import Profile, SizeRange
+from icexport.host.files import sha256
 
 ONE = SizeRange(1, 1, 1)
 
@@ -111,7 +111,7 @@ def test_a_rename_that_fails_restores(tmp_path: Path, monkeypatch: pytest.Monkey
             raise OSError(errno.EIO, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(store.os, "rename", failing)
+    monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(BundleError, match="Input/output error"):
         make(output, "new")
 
@@ -188,7 +188,7 @@ def test_a_build_killed_between_the_renames(tmp_path: Path) -> None:
         "def killed(source, target):\n"
         "    if str(source).endswith('.tmp'): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    rename(source, target)\n"
-        "store.os.rename = killed\n"
+        "os.rename = killed\n"
         "with store.writing(Path(sys.argv[1])): pass\n"
     )
     result = subprocess.run([sys.executable, "-c", code, str(output)], check=False, cwd=Path(__file__).parents[3])

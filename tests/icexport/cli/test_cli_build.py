@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from icexport import builder, verification
+from icexport.builder import build as builder
+from icexport.builder.writer import BundleWriter
 from icexport.bundle.store import Bundle, hash_files
-from icexport.bundle_writer import BundleWriter
 from icexport.cli import build as commands
 from icexport.errors import ParityError
+from icexport.gates import verify as verification
 
 
 def test_defaults_are_those_of_the_python_function() -> None:

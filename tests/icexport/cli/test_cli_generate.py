@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from icexport.bundle.store import Bundle
-from icexport.cli import draw, pictures
-from icexport.runtime.outputs import FidelityReport
+from icexport.fidelity.report import FidelityReport
+from icexport.host import pictures
+from icexport.runtime import drawing as draw
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_values_that_are_no_numbers_fail_the_check(
     def broken(*_args: object) -> tuple[list[Image.Image], FidelityReport]:
         return [Image.new("RGB", (16, 16))], FidelityReport("canny", "edge F1", "ratio", True, [float("nan")])
 
-    monkeypatch.setattr("icexport.cli.draw.draw", broken)
+    monkeypatch.setattr("icexport.runtime.drawing.draw", broken)
     args = ("generate", tiny_bundle, "--prompt", "a", "--control-map", control_map, "--output", tmp_path / "out.png")
     run = icexport(*args, "--json")
     assert run.exit_code == 3

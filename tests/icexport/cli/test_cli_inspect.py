@@ -119,7 +119,7 @@ def test_doctor_fails_where_nothing_can_run(icexport, monkeypatch: pytest.Monkey
     def torchvision() -> None:
         raise IcexportError("torchvision 9 does not fit. Run: pip uninstall torchvision")
 
-    monkeypatch.setattr("icexport._preflight.check_torchvision", torchvision)
+    monkeypatch.setattr("icexport.host.preflight.check_torchvision", torchvision)
     monkeypatch.setattr(check, "_NEEDED", ("torch", "no_such_library"))
     run = icexport("doctor", "--json")
     assert run.exit_code == 1
@@ -132,7 +132,7 @@ def test_a_broken_installation_is_told_before_the_work(icexport, monkeypatch: py
     def torchvision() -> None:
         raise IcexportError("torchvision 9 does not fit. Run: pip uninstall torchvision")
 
-    monkeypatch.setattr("icexport._preflight.check_torchvision", torchvision)
+    monkeypatch.setattr("icexport.host.preflight.check_torchvision", torchvision)
     run = icexport("inspect", tmp_path)
     assert (run.exit_code, run.stderr) == (1, "Error: torchvision 9 does not fit. Run: pip uninstall torchvision\n")
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icexport.conditions import get
-from icexport.conditions.base import round_to_8bit
 from icexport.conditions.canny import canny_edges
 from icexport.errors import ConditionError
+from icexport.host.pictures import round_to_8bit
 
 
 def opencv_edges(pixels: Tensor, low: float, high: float) -> Tensor:

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from engines.base import TensorSpec
 from engines.onnxruntime import OnnxRuntimeEngine
 from engines.torch_eager import TorchEngine
-from icexport.build_spec import BuildSpec, graphs
-from icexport.bundle.engines import load_engine
+from icexport.backends.engines import load_engine
 from icexport.bundle.store import Bundle
 from icexport.errors import ExportError
-from icexport.export.onnx import example_inputs, export_graph, size_of
+from icexport.export.onnx import export_graph
 from icexport.export.precision import read_precision
-from icexport.export.profile import Profile, SizeRange
-from icexport.fidelity import parity
-from icexport.models.graphs import GRAPH_NAMES, Graph, probe_graph, vae_decoder_graph
+from icexport.graphs.graph import Graph, example_inputs, size_of
+from icexport.graphs.profile import Profile, SizeRange
+from icexport.graphs.split import split
+from icexport.graphs.stable_diffusion import GRAPH_NAMES, probe_graph, vae_decoder_graph
 from icexport.models.loading import ModelSource
 from icexport.models.probe import InnerControlProbe
+from icexport.parity.cases import cases
+from icexport.parity.compare import compare, relative_error
 from tests.tiny_models import tiny_probe, tiny_unet
 
 PROFILE = Profile(SizeRange(1, 1, 2), SizeRange(16, 16, 16), SizeRange(16, 16, 16))
@@ -112,14 +114,13 @@ def test_free_sizes_run_like_torch(
 ) -> None:
     bundle = Bundle(dynamic_bundle)
     source = ModelSource.find("canny", str(tiny_model), probe="none")
-    spec = BuildSpec(source, ("onnxruntime",), "fp32", 21, bundle.manifest.profile, True)
     symbols = {"batch": 2 * pictures, "prompts": pictures, "h": height // 4, "w": width // 4}
-    for graph in graphs(spec, "fp32"):
+    for graph in split(source, "fp32"):
         inputs = example_inputs(graph.inputs, symbols, seed=height)
         expected = TorchEngine(graph.name, graph.module, graph.inputs, graph.outputs)(inputs)
         found = load_engine(bundle, graph.name)(inputs)
         for name, value in expected.items():
-            assert parity.relative_error(found[name], value) < 1e-4, f"{graph.name}.{name}"
+            assert relative_error(found[name], value) < 1e-4, f"{graph.name}.{name}"
 
 
 def test_fp16(tiny_model: Path, tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_fp16(tiny_model: Path, tmp_path: Path) -> None:
     engine = OnnxRuntimeEngine("vae_decoder", path)
     assert {spec.dtype for spec in (*engine.inputs, *engine.outputs)} == {torch.float16}
     reference, own = (TorchEngine(g.name, g.module, g.inputs, g.outputs) for g in (full, half))
-    found = parity.compare(engine, reference, own, list(parity.cases(full, PROFILE, 4)), "fp16")["pixels"]
+    found = compare(engine, reference, own, list(cases(full, PROFILE, 4)), "fp16")["pixels"]
     assert found
     assert 1e-5 < found.error < 0.02, "float16 must differ from float32, but little"
 

@@ -12,14 +12,15 @@ import torch
 from engines.errors import EngineError
 from engines.onnxruntime import OnnxRuntimeEngine
 from icexport.errors import ExportError
-from icexport.export.onnx import example_inputs, export_graph
+from icexport.export.onnx import export_graph
 from icexport.export.plugins import export_plugin_graph, inline_plugins, plugin_names
 from icexport.export.precision import read_precision
-from icexport.export.profile import SizeRange
-from icexport.fidelity.parity import FACTOR, relative_error
+from icexport.graphs.graph import Graph, example_inputs
+from icexport.graphs.profile import SizeRange
+from icexport.graphs.stable_diffusion import ProbeGraph, probe_graph
 from icexport.models.fused_probe import FusedProbe
-from icexport.models.graphs import Graph, ProbeGraph, probe_graph
 from icexport.models.probe import InnerControlProbe
+from icexport.parity.compare import FACTOR, relative_error
 from tests.tiny_models import tiny_probe, tiny_unet
 
 SYMBOLS = {name: SizeRange.parse(text) for name, text in {"batch": "1:2:3", "h": "2", "w": "3"}.items()}

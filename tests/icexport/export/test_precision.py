@@ -9,7 +9,8 @@ from onnx import TensorProto, helper
 
 from icexport.errors import ExportError, UsageError
 from icexport.export import DTYPE_NAMES
-from icexport.export.precision import DTYPES, FP32_ISLANDS, read_precision, torch_dtype
+from icexport.export.precision import FP32_ISLANDS, read_precision
+from icexport.models.dtypes import DTYPES, torch_dtype
 
 
 def save(path: Path, weights: dict[str, tuple[int, list[int]]], nodes: list[onnx.NodeProto]) -> Path:

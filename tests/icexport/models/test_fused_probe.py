@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from icexport.fidelity.parity import FACTOR, relative_error
 from icexport.models.fused_probe import FusedProbe
 from icexport.models.probe import InnerControlProbe, ProbeConfig
+from icexport.parity.compare import FACTOR, relative_error
 
 TIME = 12
 DIMS = (48, 32, 24)  # the second is projection_dim: an identity shortcut

@@ -11,7 +11,7 @@ from PIL import Image
 from engines.errors import ShapeError
 from icexport import InnerControlPipeline
 from icexport.errors import BundleError, UnsupportedOptionError, UsageError
-from icexport.runtime.pipeline import scheduler_class
+from icexport.runtime.schedulers import scheduler_class
 
 CONTROL = torch.ones(1, 3, 16, 16)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from icexport import InnerControlPipeline
-from icexport.bundle.engines import load_probe_kernels
+from icexport.backends.probe_kernels import load_probe_kernels
 from icexport.bundle.store import Bundle
 from icexport.errors import UnsupportedOptionError
 from icexport.runtime.step import StepGraphs
@@ -72,7 +72,7 @@ def pipe(tiny_bundle: Path) -> InnerControlPipeline:
     ids=str,
 )
 def test_the_same_picture(pipe: InnerControlPipeline, scheduler: str, options: dict[str, Any]) -> None:
-    from icexport.runtime.pipeline import scheduler_class
+    from icexport.runtime.schedulers import scheduler_class
 
     pipe.scheduler = scheduler_class(scheduler).from_config(pipe.scheduler.config)
     expected, errors = draw(pipe, **options)

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from icexport.errors import CheckpointError, ExportError
-from icexport.models.graphs import Graph, controlnet_graph, probe_graph, unet_graph
+from icexport.graphs.graph import Graph
+from icexport.graphs.stable_diffusion import controlnet_graph, probe_graph, unet_graph
 from icexport.models.loading import ModelSource
 from icexport.models.taps import Taps
 from icexport.optimum import command

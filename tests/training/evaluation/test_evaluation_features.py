@@ -13,9 +13,9 @@ from scipy.linalg import sqrtm
 from torchmetrics.image.kid import poly_mmd
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
 
-from icexport.conditions.base import to_pixels
 from icexport.conditions.hed import load_network
 from icexport.errors import CheckpointError, ConditionError, UsageError
+from icexport.host.pictures import to_pixels
 from tests.tiny_models import TEXT_LENGTH, tiny_tokenizer
 from training.evaluation import features
 from training.evaluation.inception import FidInception

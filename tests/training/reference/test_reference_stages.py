@@ -14,10 +14,10 @@ from icexport.models.probe import InnerControlProbe
 from tests.tiny_models import tiny_tokenizer
 from training.data.icons import IconSet
 from training.data.scenes import SceneSet, render_many
-from training.models import BaseModels
+from training.loop.trainer import TrainerConfig
 from training.reference import autoencoder, denoiser, pictures, stages
 from training.reference.depth import Estimator, new_estimator
-from training.trainer import TrainerConfig
+from training.tasks.frozen import BaseModels
 
 TWO = TrainerConfig(steps=2, batch_size=2, learning_rate=1e-3, checkpoint_every=2)
 

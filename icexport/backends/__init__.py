@@ -1,0 +1,1 @@
+"""A bundle's graphs made ready for one backend, and opened again."""

@@ -1,0 +1,101 @@
+"""Reading the control back while sampling: the probe on the conditional half, errors kept on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engines.base import Engine
+from icexport.errors import UsageError
+from icexport.fidelity.normalise import control_target, normalise
+from icexport.fidelity.report import StepReading
+from icexport.models.probe import Normaliser
+
+
+class FidelityMonitor:
+    """Collects the probe's readings of one generation; nothing leaves the device before ``finish``.
+
+    Args:
+        probe: the probe's engine.
+        taps: how many taps it reads.
+        control_maps: ``[b,3,H,W]`` in [0,1], one for each picture.
+        control_range: of the probe.
+        normaliser: of the probe.
+        steps: 0-based UNet calls to read; None: every one.
+        kernels: sum up with ``torch.ops.icexport.fidelity_reduce``, which makes no map of the control map's size.
+    """
+
+    def __init__(
+        self,
+        probe: Engine,
+        taps: int,
+        control_maps: Tensor,
+        control_range: tuple[float, float],
+        normaliser: Normaliser,
+        steps: Collection[int] | None = None,
+        kernels: bool = False,
+    ) -> None:
+        self._probe = probe
+        self._taps = [f"tap_{i}" for i in range(taps)]
+        target, _ = control_target(control_maps.to(probe.device, torch.float32), normaliser)
+        self._control = target.expand(-1, 3, -1, -1).contiguous()  # three channels, as the kernel takes them
+        self._range = control_range
+        self._normaliser = normaliser
+        self._steps = steps
+        self._mean_error = self._reduce if kernels else self._mean
+        self._calls = 0
+        self._indices: list[int] = []
+        self._errors: list[Tensor] = []
+        self._times: list[Tensor] = []
+        self._last: Tensor | None = None
+
+    def __call__(self, timestep: Tensor, outputs: dict[str, Tensor]) -> None:
+        """Read one UNet call's taps: of the last samples, because with guidance the unconditional half comes first.
+
+        Raises:
+            UsageError: the batch does not match the control maps.
+        """
+        index, self._calls = self._calls, self._calls + 1
+        if self._steps is not None and index not in self._steps:
+            return
+        batch, samples = len(self._control), len(outputs[self._taps[0]])
+        if samples not in (batch, 2 * batch):
+            raise UsageError(
+                f"The UNet ran on {samples} samples, but there are {batch} control maps ({batch} or, with guidance, "
+                f"{2 * batch} samples expected). Check what callback_on_step_end returns."
+            )
+        inputs = {name: outputs[name][-batch:] for name in self._taps}
+        if any(spec.name == "time_embedding" for spec in self._probe.inputs):
+            inputs["time_embedding"] = outputs["time_embedding"]
+        reading = self._probe(inputs)["reading"]
+        self._last = normalise(reading, self._range, self._normaliser)
+        self._indices.append(index)
+        self._times.append(timestep)
+        self._errors.append(self._mean_error(self._last))
+
+    def _mean(self, reading: Tensor) -> Tensor:
+        """Mean squared error ``[b]``."""
+        return self._difference(reading).square().mean((1, 2, 3))
+
+    def _reduce(self, reading: Tensor) -> Tensor:
+        """``_mean``, by one kernel."""
+        sums: Tensor = torch.ops.icexport.fidelity_reduce(reading, self._control)
+        return sums[:, 1] / self._control[0].numel()
+
+    def _difference(self, reading: Tensor) -> Tensor:
+        """Reading minus control map at the control map's size, ``[b,3,H,W]``."""
+        size = self._control.shape[-2:]
+        return F.interpolate(reading, size=size, mode="bilinear", align_corners=False) - self._control
+
+    def finish(self) -> tuple[list[StepReading], Tensor | None]:
+        """All readings and the last squared-error map ``[b,h,w]``: the one transfer from the device."""
+        if self._last is None:
+            return [], None
+        table = torch.cat([torch.stack(self._times)[:, None], torch.stack(self._errors)], dim=1).cpu().tolist()
+        readings = [StepReading(i, row[0], row[1:]) for i, row in zip(self._indices, table, strict=True)]
+        height, width = self._last.shape[-2:]
+        heat = F.adaptive_avg_pool2d(self._difference(self._last).square().mean(1), (height, width))
+        return readings, heat.cpu()

@@ -1,0 +1,1 @@
+"""What a model is split into: graphs, their sizes, and the split."""

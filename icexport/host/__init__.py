@@ -1,0 +1,1 @@
+"""The machine: files, pictures, installed versions."""

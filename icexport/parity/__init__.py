@@ -1,0 +1,1 @@
+"""Does an engine compute what PyTorch computes in float32?"""

@@ -1,0 +1,122 @@
+"""Real activations: what every graph is given when the model draws a picture, as cases for range and parity.
+
+Seeded noise is not what a model sees: real latents become smooth, real taps and residuals fit together.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from icexport import conditions
+from icexport.conditions.base import Condition
+from icexport.errors import ConditionError
+from icexport.graphs.graph import Graph
+from icexport.graphs.profile import Profile
+from icexport.host.pictures import to_pixels
+from icexport.models.loading import ModelSource
+from icexport.models.sizes import residual_channels, vae_factor
+from icexport.parity.cases import Case
+
+logger = logging.getLogger(__name__)
+
+PROMPT = "a red house under a blue sky"
+STEPS = 4
+GUIDANCE = 5.0
+
+
+def real_cases(
+    graphs: Sequence[Graph], source: ModelSource, profile: Profile, steps: int = STEPS
+) -> dict[str, list[Case]]:
+    """Draw one picture with PyTorch in float32, with guidance, and keep the inputs of every graph.
+
+    Args:
+        graphs: all of the model's, in float32.
+        source: the model.
+        profile: pictures have its usual size, and there are as few as it allows.
+        steps: denoising steps.
+
+    Returns:
+        For every graph the cases ``real step 1`` …; for the text encoder ``real empty prompt`` and ``real prompt``,
+        for the decoder ``real picture``. Equal models and profiles give equal cases.
+    """
+    engines = {graph.name: graph.engine() for graph in graphs}
+    found: dict[str, list[Case]] = {name: [] for name in engines}
+
+    def run(graph: str, name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        found[graph].append(Case(name, inputs))
+        return engines[graph](inputs)
+
+    pictures = profile.batch.min
+    height, width = profile.height.opt, profile.width.opt
+    embeds = [
+        run("text_encoder", name, {"input_ids": ids, "clip_skip": torch.tensor(0)})["prompt_embeds"]
+        for name, ids in _tokens(source).items()
+    ]
+    guided = 2 * pictures
+    prompt_embeds = torch.cat([one.expand(pictures, -1, -1) for one in embeds])
+    condition = conditions.of_model(source.condition, source.model)
+    control_map = control_picture(condition, height, width).expand(guided, -1, -1, -1)
+    scale = torch.ones(guided, len(residual_channels(source.full_config("controlnet"))))
+    scheduler = _scheduler(source, steps)
+    vae = source.full_config("vae")
+    cells = (vae["latent_channels"], height // vae_factor(vae), width // vae_factor(vae))
+    latents = torch.randn((pictures, *cells), generator=torch.Generator().manual_seed(0))
+    for number, time in enumerate(scheduler.timesteps, start=1):
+        step = f"real step {number}"
+        inputs = {"sample": torch.cat([latents] * 2), "timestep": time.float(), "prompt_embeds": prompt_embeds}
+        control = {"control_map": control_map, "residual_scale": scale}
+        output = run("unet", step, inputs | run("controlnet", step, inputs | control))
+        if "probe" in engines:
+            wanted = [input_.name for input_ in engines["probe"].inputs]
+            taps = {n: output[n] if n == "time_embedding" else output[n][-pictures:] for n in wanted}
+            run("probe", step, taps)
+        free, prompted = output["noise_pred"].chunk(2)
+        latents = scheduler.step(free + GUIDANCE * (prompted - free), time, latents).prev_sample
+    run("vae_decoder", "real picture", {"latents": latents / vae["scaling_factor"]})
+    return found
+
+
+def control_picture(condition: Condition, height: int, width: int) -> Tensor:
+    """A control map ``[1,3,height,width]`` in [0,1]: what the condition sees in a drawn house.
+
+    Where the condition's extractor lacks its weights, the drawing itself is the map, and the log says so.
+    """
+    drawing = Image.new("RGB", (width, height), (150, 190, 240))
+    draw = ImageDraw.Draw(drawing)
+    draw.rectangle((0, 0.75 * height, width, height), fill=(70, 130, 60))
+    draw.rectangle((0.25 * width, 0.45 * height, 0.75 * width, 0.85 * height), fill=(180, 50, 40))
+    draw.polygon(
+        [(0.2 * width, 0.45 * height), (0.5 * width, 0.15 * height), (0.8 * width, 0.45 * height)], fill=(60, 40, 40)
+    )
+    draw.ellipse((0.42 * width, 0.55 * height, 0.58 * width, 0.7 * height), fill=(250, 230, 140))
+    try:
+        return to_pixels(condition.extract(drawing))
+    except ConditionError as error:
+        logger.warning("Real activations are taken with a plain drawing as the control map: %s", error)
+        return to_pixels(drawing)
+
+
+def _tokens(source: ModelSource) -> dict[str, Tensor]:
+    """``input_ids [1,S]`` of no prompt and of ``PROMPT``, by the names of their cases."""
+    tokenizer = source.tokenizer()
+    length = source.full_config("text_encoder")["max_position_embeddings"]
+    options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+    texts = {"real empty prompt": "", "real prompt": PROMPT}
+    return {name: tokenizer(text, **options).input_ids for name, text in texts.items()}
+
+
+def _scheduler(source: ModelSource, steps: int) -> DDIMScheduler:
+    """DDIM on the model's own noise schedule: no random numbers, and a good guess in few steps."""
+    config = json.loads((source.base / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    known = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "prediction_type")
+    noise = {name: config[name] for name in known if name in config}
+    scheduler = DDIMScheduler(**noise, clip_sample=False, timestep_spacing="trailing")  # the first step is pure noise
+    scheduler.set_timesteps(steps)
+    return scheduler

@@ -1,0 +1,47 @@
+"""ONNX Runtime sessions that give back any value of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from torch import Tensor
+
+
+def open_session(
+    model: onnx.ModelProto, values: list[str], folder: Path, *, frugal: bool = False
+) -> onnxruntime.InferenceSession:
+    """A session on a copy of the model whose outputs are ``values``; its weights lie in ``folder``.
+
+    Args:
+        model: the graph without its weights.
+        values: names of values in it.
+        folder: where its weights are.
+        frugal: keep the graph as it is and run the nodes in their order, which needs little memory if many values are
+            read on the way: by itself, ONNX Runtime computes the last one first and keeps everything until then.
+    """
+    cut = onnx.ModelProto()
+    cut.CopyFrom(model)
+    del cut.graph.output[:]
+    cut.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if frugal:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False
+    return onnxruntime.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> list[np.ndarray]:
+    """The session's outputs on float32 inputs, which become float16 where the graph takes that."""
+    halves = {node.name for node in session.get_inputs() if node.type == "tensor(float16)"}
+    fed = {node.name: inputs[node.name] for node in session.get_inputs()}
+    found: list[np.ndarray] = session.run(
+        None, {name: (t.half() if name in halves else t).numpy() for name, t in fed.items()}
+    )
+    return found

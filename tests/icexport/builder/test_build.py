@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import icexport
+from icexport.backends.torch_eager import save_torch
+from icexport.builder import build as builder
+from icexport.builder.options import BuildSpec
+from icexport.builder.writer import BundleWriter
+from icexport.bundle.engine_store import EngineStore
+from icexport.bundle.manifest import EngineEntry, GraphEntry
+from icexport.bundle.store import Bundle, hash_files
+from icexport.errors import BundleError, CheckpointError, UsageError
+from icexport.export.onnx import export_graph
+from icexport.graphs.graph import Graph
+from icexport.graphs.split import split
+from icexport.graphs.stable_diffusion import ControlNetGraph, probe_graph, unet_graph
+from icexport.models.loading import ModelSource
+from icexport.progress import silent
+
+BACKENDS = ["onnxruntime", "torch"]
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BundleWriter, "write", lambda _self: pytest.fail("started the long work"))
+
+
+def test_contents(tiny_bundle: Path, tiny_model: Path) -> None:
+    bundle = Bundle(tiny_bundle)
+    manifest = bundle.manifest
+    bundle.verify()
+
+    assert list(manifest.graphs) == ["text_encoder", "controlnet", "unet", "probe", "vae_decoder"]
+    found = {p.relative_to(tiny_bundle).as_posix() for p in tiny_bundle.rglob("*") if p.is_file()}
+    assert found == {*manifest.files, "icexport.json"}
+    assert {(e.graph, e.backend) for e in manifest.engines.values()} == {
+        (graph, backend) for graph in manifest.graphs for backend in BACKENDS
+    }
+    assert manifest.condition["name"] == "canny"
+    assert manifest.versions["torch"] == torch.__version__
+    assert manifest.source["files"] == ModelSource.find("canny", str(tiny_model)).files
+    assert manifest.fidelity is None
+    assert json.loads((tiny_bundle / "reports" / "parity.json").read_text()) == manifest.parity
+    for backend in BACKENDS:
+        for graph, entry in manifest.graphs.items():
+            outputs = manifest.parity[backend][graph]
+            assert list(outputs) == [output["name"] for output in entry.outputs]
+            assert all(result["passed"] for result in outputs.values())
+    assert manifest.graphs["unet"].dtypes["float"] > 10_000
+
+
+def test_nothing_tells_where_it_was_built(tiny_bundle: Path, tiny_model: Path) -> None:
+    """Only the manifest names the source, as it was given."""
+    needles = [str(tiny_model).encode(), str(Path(builder.__file__).parents[1]).encode(), b"site-packages", b".py"]
+    for path in tiny_bundle.rglob("*"):
+        if path.is_file() and path.name != "icexport.json" and path.parent.name != "tokenizer":
+            content = path.read_bytes()
+            assert not [needle for needle in [*needles, b"stack_trace"] if needle in content], path
+
+
+def test_an_identical_build_touches_nothing(tiny_bundle: Path, tiny_model: Path, no_work: None) -> None:
+    before, started = times(tiny_bundle), time.perf_counter()
+
+    bundle = icexport.build("canny", model=str(tiny_model), backend=BACKENDS, output=tiny_bundle)
+
+    assert time.perf_counter() - started < 5
+    assert times(tiny_bundle) == before
+    assert bundle.manifest.key == Bundle(tiny_bundle).manifest.key
+
+
+@pytest.mark.parametrize("change", ["damage", "option", "force"])
+def test_damaged_or_other_bundles_are_built_again(
+    tiny_bundle: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    class StartedError(Exception):
+        pass
+
+    def start(*_args: Any) -> None:
+        raise StartedError
+
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    before = times(copy)
+    monkeypatch.setattr(BundleWriter, "write", start)
+    options: dict[str, Any] = {"option": {"opset": 22}, "force": {"force": True}}.get(change, {})
+    if change == "damage":
+        (copy / "graphs" / "probe.onnx").unlink()
+        before = times(copy)
+
+    with pytest.raises(StartedError):
+        icexport.build("canny", model=str(tiny_model), backend=BACKENDS, output=copy, **options)
+
+    assert times(copy) == before
+
+
+@pytest.mark.slow
+def test_forced_builds_are_identical(tiny_bundle: Path, tiny_model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    before = times(copy / "graphs")
+
+    bundle = icexport.build("canny", model=str(tiny_model), backend=BACKENDS, output=copy, force=True)
+
+    assert not times(copy / "graphs").items() & before.items()
+    first = Bundle(tiny_bundle).manifest
+    assert bundle.manifest.files == first.files
+    assert bundle.manifest.engines == first.engines
+    assert bundle.manifest.key == first.key
+
+
+def test_exports_are_identical(tiny_bundle: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The smallest graph again; the slow test above has all of them."""
+    source = ModelSource.find("canny", str(tiny_model))
+    manifest = Bundle(tiny_bundle).manifest
+    graph = next(split(source, "fp32"))
+    export_graph(graph, tmp_path / "text_encoder.onnx", manifest.profile.symbols(4))
+
+    for name in ("text_encoder.onnx", "text_encoder.onnx.data"):
+        assert (tmp_path / name).read_bytes() == (tiny_bundle / "graphs" / name).read_bytes()
+
+
+def test_weights_for_torch_are_identical(tiny_model: Path, tmp_path: Path) -> None:
+    source = ModelSource.find("canny", str(tiny_model))
+    probe, unet = source.probe_model(torch.float32), source.unet(torch.float32)
+    assert probe is not None
+    for graph in (probe_graph(probe, unet, torch.float32), unet_graph(unet, 12, probe.config, torch.float32)):
+        for number in range(8):  # what is random may be equal by chance
+            save_torch(graph, tmp_path / graph.name / str(number))
+        first, *others = (hash_files(folder) for folder in (tmp_path / graph.name).iterdir())
+        assert all(other == first for other in others)
+
+
+def test_two_controlnets_of_one_architecture_have_two_engines(
+    tiny_bundle: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Their .onnx files are equal, only the weights beside them differ."""
+    bundle = Bundle(tiny_bundle)
+    manifest = bundle.manifest
+    source = ModelSource.find("canny", str(tiny_model))
+    net = source.controlnet_model(torch.float32)
+    graph = Graph("controlnet", ControlNetGraph(net), (), ())
+    entry = GraphEntry("graphs/controlnet.onnx", [], [], {})
+    copy = Path(shutil.copytree(tiny_bundle / "graphs", tmp_path / "graphs")).parent
+    data = bytearray((copy / "graphs/controlnet.onnx.data").read_bytes())
+    data[100] ^= 1
+    spec = BuildSpec(source, ("onnxruntime",), "fp32", 21, manifest.profile, False)
+    writer = BundleWriter(spec, "key", copy, EngineStore(tmp_path / "store"), silent)
+
+    (same,) = writer._engine(graph, entry, "onnxruntime")
+    (copy / "graphs/controlnet.onnx.data").write_bytes(data)
+    (other,) = writer._engine(graph, entry, "onnxruntime")
+
+    assert manifest.engines[same] == EngineEntry("controlnet", "onnxruntime", manifest.versions["onnxruntime"])
+    assert other not in manifest.engines
+
+
+def test_missing_and_damaged_weights_are_found_first(tiny_model: Path, tmp_path: Path, no_work: None) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+    with pytest.raises(CheckpointError, match="cut short: .*vae"):
+        icexport.build("canny", model=str(model), output=tmp_path / "bundle")
+
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_weights_that_are_not_there(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = model / "text_encoder" / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+
+    with pytest.raises(CheckpointError, match=r"text_encoder has no safetensors file; it has only pytorch_model\.bin"):
+        icexport.build("canny", model=str(model), output=tmp_path / "bundle")
+
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["model"]
+
+
+def test_no_probe_is_a_usage_error(tiny_model: Path, tmp_path: Path, no_work: None) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    shutil.rmtree(model / "probe-canny")
+
+    with pytest.raises(UsageError, match="No probe for 'canny'.*--probe none"):
+        icexport.build("canny", model=str(model), output=tmp_path / "bundle")
+
+
+def test_a_full_disk_is_found_first(
+    tiny_model: Path, tmp_path: Path, no_work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1_000_000))
+
+    with pytest.raises(BundleError, match=r"has 0\.0 GB free; this bundle needs about .*Nothing was changed"):
+        icexport.build("canny", model=str(tiny_model), output=tmp_path / "bundle")
+
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_failure_in_the_middle_leaves_the_bundle(
+    tiny_bundle: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    before = times(copy)
+
+    def full(*_args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(BundleWriter, "_export", full)
+    with pytest.raises(BundleError, match="No space left on device.*earlier bundle is untouched"):
+        icexport.build("canny", model=str(tiny_model), backend=BACKENDS, output=copy, force=True)
+
+    assert times(copy) == before
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["bundle"]
+
+
+def test_a_probeless_bundle(dynamic_bundle: Path) -> None:
+    manifest = Bundle(dynamic_bundle).manifest
+
+    assert list(manifest.graphs) == ["text_encoder", "controlnet", "unet", "vae_decoder"]
+    assert [output["name"] for output in manifest.graphs["unet"].outputs] == ["noise_pred", "time_embedding"]
+    assert "probe" not in manifest.configs
+    assert not (dynamic_bundle / "engines").exists()

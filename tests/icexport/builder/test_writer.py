@@ -1,0 +1,97 @@
+"""What the writer puts together: float32 islands, the plugin graph beside its twin, plans from the right file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from icexport.backends.plans import PlanOptions
+from icexport.builder import writer as bundle_writer
+from icexport.builder.mixed import Island
+from icexport.builder.options import BuildSpec, plan
+from icexport.builder.writer import BundleWriter
+from icexport.bundle.engine_store import EngineStore
+from icexport.bundle.manifest import EngineEntry
+from icexport.bundle.store import Bundle
+from icexport.errors import ExportError
+from icexport.gates import parity_gate as parity_gate_module
+from icexport.gates.parity_gate import PLUGIN_GRAPH, parity_gate
+from icexport.graphs.graph import Graph
+from icexport.graphs.split import split
+from icexport.models.loading import ModelSource
+from icexport.progress import silent
+
+
+def spec_for(tiny_model: Path, dtype: str, **options: Any) -> BuildSpec:
+    """As on a machine with classic TensorRT: `plan` would refuse it here."""
+    found = plan("canny", str(tiny_model), None, None, "onnxruntime", dtype, None, None, 1, 21, False)
+    return BuildSpec(found.source, ("tensorrt",), dtype, 21, found.profile, False, PlanOptions(**options))
+
+
+@pytest.fixture(autouse=True)
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Notes what would be built, and builds nothing; of the graphs, only decoder and probe are exported."""
+    noted: list[dict[str, Any]] = []
+
+    def note(name: str, path: Path, inputs: object, **rest: Any) -> dict[str, EngineEntry]:
+        noted.append({"graph": name, "file": path.name, "plugins": rest["plugins"]})
+        return {}
+
+    def few(source: ModelSource, dtype: str) -> Iterator[Graph]:
+        return (graph for graph in split(source, dtype) if graph.name in ("probe", "vae_decoder"))
+
+    monkeypatch.setattr(bundle_writer, "build_plan", note)
+    monkeypatch.setattr(bundle_writer, "split", few)
+    monkeypatch.setattr(parity_gate_module, "split", few)
+    monkeypatch.setattr(bundle_writer, "real_cases", lambda *_: {"probe": [], "vae_decoder": []})
+    return noted
+
+
+def write(spec: BuildSpec, folder: Path) -> Bundle:
+    folder.mkdir()
+    BundleWriter(spec, "key", folder, EngineStore(folder.with_name("store")), silent).write()
+    return Bundle(folder)
+
+
+def test_the_probe_has_a_graph_with_plugins_and_its_twin(
+    tiny_model: Path, tmp_path: Path, requests: list[dict[str, Any]]
+) -> None:
+    spec = spec_for(tiny_model, "fp32")
+    bundle = write(spec, tmp_path / "bundle")
+    names = ("icexport::dual_projection", "icexport::residual_mix", "icexport::resize_group_norm_relu")
+    assert requests == [
+        {"graph": "probe", "file": "probe.plugins.onnx", "plugins": names},
+        {"graph": "vae_decoder", "file": "vae_decoder.onnx", "plugins": ()},
+    ]
+    assert bundle.manifest.graphs["probe"].plugin_file == "graphs/probe.plugins.onnx"
+    twin = onnx.load(bundle.onnx("probe"), load_external_data=False)
+    assert {node.domain for node in twin.graph.node} == {""}
+    results = parity_gate(bundle, spec.source, spec.backends, silent)
+    assert results["tensorrt"] == {}
+    assert all(output["passed"] for output in results[PLUGIN_GRAPH]["probe"].values())
+    assert all(output["passed"] for graph in results["onnxruntime"].values() for output in graph.values())
+
+
+def test_no_plugins(tiny_model: Path, tmp_path: Path, requests: list[dict[str, Any]], monkeypatch: Any) -> None:
+    monkeypatch.setattr(bundle_writer, "stabilise", lambda *_: [])
+    bundle = write(spec_for(tiny_model, "fp16", plugins=False), tmp_path / "bundle")
+    assert {row["plugins"] for row in requests} == {()}
+    assert bundle.manifest.graphs["probe"].plugin_file is None
+    assert not (bundle.path / "graphs" / "probe.plugins.onnx").exists()
+
+
+def test_islands_are_recorded_and_kernels_cannot_have_them(
+    tiny_model: Path, tmp_path: Path, requests: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    island = Island("probe.output_head.0", "conv2d_9", "overflow", 70000.0, 3)
+    monkeypatch.setattr(bundle_writer, "stabilise", lambda path, *_: [island] if path.stem == "probe" else [])
+    bundle = write(spec_for(tiny_model, "fp16", plugins=False), tmp_path / "plain")
+    assert bundle.manifest.graphs["probe"].islands == [island.to_json()]
+    assert bundle.manifest.graphs["vae_decoder"].islands == []
+    assert len(requests) == 2
+    with pytest.raises(ExportError, match=r"probe needs float32 for probe\.output_head\.0.*--no-plugins"):
+        write(spec_for(tiny_model, "fp16"), tmp_path / "kernels")

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines.base import TensorSpec
+from icexport.errors import UsageError
+from icexport.fidelity.monitor import FidelityMonitor
+from icexport.fidelity.normalise import normalise
+
+
+class Probe:
+    """An engine that shows the mean of its tap."""
+
+    device = torch.device("cpu")
+    inputs = (TensorSpec("tap_0", torch.float32, ("batch", "c", "h", "w")),)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"reading": inputs["tap_0"].mean(1, keepdim=True).expand(-1, 3, -1, -1)}
+
+
+def outputs(tap: Tensor) -> dict[str, Tensor]:
+    return {"tap_0": tap, "time_embedding": torch.zeros(1, 8)}
+
+
+def monitor(control: Tensor, steps: set[int] | None = None) -> FidelityMonitor:
+    return FidelityMonitor(Probe(), 1, control, (-1.0, 1.0), "identity", steps)
+
+
+def test_identity_maps_the_range_to_01() -> None:
+    reading = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 1, 5)
+
+    assert normalise(reading, (-1.0, 1.0), "identity").flatten().tolist() == [0, 0, 0.5, 1, 1]
+    assert normalise(reading, (-0.5, 0.5), "identity").flatten().tolist() == [0, 0, 0.5, 1, 1]
+    assert normalise(reading.half(), (-1.0, 1.0), "identity").dtype == torch.float32
+
+
+def test_depth_is_divided_by_its_largest_value() -> None:
+    reading = torch.tensor([[-1.0, 0.0], [-0.5, -1.0]])[:, None, None, :].expand(2, 3, 1, 2)
+
+    found = normalise(reading, (-1.0, 1.0), "max")
+
+    assert found.shape == (2, 1, 1, 2)
+    torch.testing.assert_close(found.flatten(1), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+
+
+def test_lineart_is_stretched_and_inverted() -> None:
+    reading = torch.tensor([-0.5, 0.0, 0.5]).reshape(1, 1, 1, 3)
+
+    torch.testing.assert_close(
+        normalise(reading, (-1.0, 1.0), "minmax_inverted").flatten(), torch.tensor([1.0, 0.5, 0.0])
+    )
+
+
+@pytest.mark.parametrize("normaliser", ["identity", "max", "minmax_inverted"])
+@pytest.mark.parametrize("level", [-1.0, 0.0, 1.0])
+def test_blank_maps_stay_finite(normaliser: str, level: float) -> None:
+    found = normalise(torch.full((1, 3, 2, 2), level), (-1.0, 1.0), normaliser)  # type: ignore[arg-type]
+
+    assert found.isfinite().all()
+    assert found.min() >= 0
+    assert found.max() <= 1
+
+
+def test_the_last_samples_are_the_conditional_half() -> None:
+    control = torch.zeros(1, 3, 4, 4)
+    for samples in ([1.0], [-1.0, 1.0]):
+        watch = monitor(control)
+        watch(torch.tensor(9.0), outputs(torch.tensor(samples).reshape(-1, 1, 1, 1).expand(-1, 2, 2, 2)))
+        (reading,), heat = watch.finish()
+
+        assert reading.errors == [1.0]
+        assert heat is not None
+        assert heat.shape == (1, 2, 2)
+
+
+def test_errors_are_compared_at_the_size_of_the_control_map() -> None:
+    control = torch.zeros(1, 3, 4, 4)
+    control[..., :2] = 1
+    tap = torch.tensor([1.0, -1.0]).expand(1, 1, 2, 2)  # the same two halves, at half the size
+    watch = monitor(control)
+
+    watch(torch.tensor(5.0), outputs(tap))
+
+    (reading,), heat = watch.finish()
+    assert 0 < reading.errors[0] < 0.05  # only the border is blurred
+    assert (reading.index, reading.timestep) == (0, 5.0)
+    assert heat is not None
+    assert float(heat.mean()) == pytest.approx(reading.errors[0])
+
+
+def test_readings_keep_the_number_of_their_call() -> None:
+    watch = monitor(torch.zeros(1, 3, 4, 4), {1, 3})
+    for time in (900.0, 600.0, 300.0, 0.0):
+        watch(torch.tensor(time), outputs(torch.zeros(2, 1, 2, 2)))
+
+    assert [(r.index, r.timestep) for r in watch.finish()[0]] == [(1, 600.0), (3, 0.0)]
+
+
+def test_nothing_read() -> None:
+    assert monitor(torch.zeros(1, 3, 4, 4)).finish() == ([], None)
+
+
+def test_a_batch_of_another_size_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"ran on 3 samples, but there are 2 control maps .*callback_on_step_end"):
+        monitor(torch.zeros(2, 3, 4, 4))(torch.tensor(1.0), outputs(torch.zeros(3, 1, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("normaliser", "control"),
+    [
+        ("max", [0.0, 0.2, 0.4]),  # depth: the nearest point has not to be white
+        ("minmax_inverted", [0.0, 0.5, 1.0]),  # lineart: white lines on black, and the reading is dark on white
+    ],
+)
+def test_a_perfect_reading_is_without_error(normaliser: str, control: list[float]) -> None:
+    maps = torch.tensor(control).reshape(1, 1, 1, 3).expand(1, 3, 2, 3)
+    watch = FidelityMonitor(Probe(), 1, maps, (-1.0, 1.0), normaliser)  # type: ignore[arg-type]
+    for reading in (maps, 1 - maps):
+        watch(torch.tensor(1.0), outputs(2 * reading[:, :1] - 1))
+    right, wrong = watch.finish()[0]
+
+    assert right.errors == pytest.approx([0.0], abs=1e-12)
+    assert wrong.errors[0] > 0.1
