@@ -34,7 +34,7 @@ from icexport.graphs.stable_diffusion import (
     unet_graph,
     vae_decoder_graph,
 )
-from icexport.models.dtypes import torch_dtype
+from icexport.models.precision import precision
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.sizes import latent_multiple, size_multiple
 from icexport.models.taps import Taps
@@ -106,7 +106,7 @@ def forget_peak() -> None:
 def measure(name: str, dtype: str, opset: int, dynamic: bool) -> dict[str, Any]:
     """Export one graph into a temporary folder and report seconds, bytes and operators."""
     libraries = peak_bytes()
-    graph = sd15_graph(name, torch_dtype(dtype))
+    graph = sd15_graph(name, precision(dtype).torch)
     forget_peak()
     loaded = peak_bytes()
     weights = sum(p.numel() * p.element_size() for p in graph.module.parameters())
@@ -117,7 +117,7 @@ def measure(name: str, dtype: str, opset: int, dynamic: bool) -> dict[str, Any]:
         started = time.perf_counter()
         export_graph(graph, path, symbols, opset)
         seconds = time.perf_counter() - started
-        elements = read_precision(path, dtype)
+        elements = read_precision(path, precision(dtype))
         model = onnx.load(path, load_external_data=False)
         sizes = {p.name: p.stat().st_size for p in Path(folder).iterdir()}
     operators = [node.op_type for node in model.graph.node]

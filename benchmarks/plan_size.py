@@ -23,8 +23,9 @@ from engines.tensorrt.worker import build
 from icexport.backends.plans import optimisation_profiles
 from icexport.export import DEFAULT_OPSET
 from icexport.export.onnx import export_graph
+from icexport.graphs.graph import describe
 from icexport.graphs.profile import Profile, SizeRange
-from icexport.models.dtypes import torch_dtype
+from icexport.models.precision import precision
 from icexport.models.sizes import size_multiple
 
 
@@ -35,12 +36,12 @@ def measure(name: str, dtype: str, opset: int, targets: tuple[int, ...]) -> dict
     multiple = size_multiple(sd15_unet_config(), VAE_CONFIG)
     with tempfile.TemporaryDirectory() as folder:
         onnx, plan = Path(folder) / f"{name}.onnx", Path(folder) / f"{name}.plan"
-        graph = sd15_graph(name, torch_dtype(dtype))
+        graph = sd15_graph(name, precision(dtype).torch)
         inputs = graph.inputs
         export_graph(graph, onnx, profile.symbols(multiple), opset)
         del graph
         gc.collect()
-        profiles = tuple(optimisation_profiles(name, inputs, profile, multiple))
+        profiles = tuple(optimisation_profiles(describe(inputs), profile, multiple))
         report = build(PlanRequest("tensorrt-rtx", onnx, plan, dtype, profiles, targets))
     return {"graph": name, "dtype": dtype, "opset": opset, "profiles": len(profiles), **report.as_json()}
 

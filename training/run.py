@@ -23,7 +23,7 @@ from training.loop.processes import make_accelerator
 from training.loop.task import Task
 from training.loop.trainer import train
 from training.tasks.controlnet import ControlNetTask
-from training.tasks.frozen import BaseModels, base_folder, load_base, new_controlnet
+from training.tasks.frozen import BaseModels, load_base, new_controlnet
 from training.tasks.leak import leak_test
 from training.tasks.probe import ProbeTask, new_probe
 from training.tasks.validation import Validation, first_pictures
@@ -155,7 +155,7 @@ def _part(model: ModelConfig, part: str, given: str | None) -> Path | None:
     """Folder of a ControlNet or probe: as given, or the base model's own for the condition, or None."""
     if given:
         return loading.locate(given)
-    folder = base_folder(model.base) / f"{part}-{model.cond}"
+    folder = loading.find_base(model.base)[0] / f"{part}-{model.cond}"
     return folder if (folder / "config.json").is_file() else None
 
 

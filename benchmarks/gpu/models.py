@@ -18,20 +18,20 @@ from benchmarks.gpu import head
 from benchmarks.gpu.machine import ROOT, sources_hash
 from benchmarks.gpu.measure import at_least, at_most
 from benchmarks.gpu.report import Context, NotAvailable, Report
-from engines import registry
 from engines.capture import CapturedCall
 from icexport import conditions
+from icexport.backends import table
 from icexport.backends.engines import load_engine
-from icexport.backends.plans import PLAN_BACKENDS
-from icexport.backends.tensorrt import make_scratch
 from icexport.bench.latency import run_latency
 from icexport.bundle.store import Bundle
 from icexport.errors import ParityError
 from icexport.fidelity.metrics import psnr
 from icexport.graphs.graph import example_inputs
+from icexport.graphs.profile import SizeRange
 from icexport.host.pictures import to_pixels, to_rgb
 from icexport.models.fused_probe import FusedProbe
 from icexport.models.sizes import size_multiple
+from icexport.runtime.drawing import Request, draw
 from icexport.runtime.pipeline import InnerControlPipeline
 from icexport.runtime.step import Deferred, StepGraphs
 
@@ -51,14 +51,14 @@ def need(backend: str, device: str) -> None:
     Raises:
         NotAvailable: With the reason, and what to do.
     """
-    state = registry.check(backend)
+    state = table.get(backend).check()
     if device not in state.devices:
         raise NotAvailable(f"{backend} on {device}: {state.reason}. {state.fix}")
 
 
 def bundle_of(backend: str, context: Context) -> Bundle:
     """The reference model's float16 bundle for a backend; built at the first call, and found again in later phases."""
-    backends = [backend] if backend in PLAN_BACKENDS else ["torch", "onnxruntime"]
+    backends = [backend] if table.get(backend).needs_gpu else ["torch", "onnxruntime"]
     # A bundle's key does not know this code; results of changed code need a bundle that it built.
     folder, store = context.work / "-".join([*backends, sources_hash()]), context.work / "store"
     return icexport.build("canny", backend=backends, dtype="fp16", output=folder, engine_store=store, verify=False)
@@ -144,18 +144,9 @@ def _draw(pipe: Any, pictures: int) -> tuple[Tensor, Tensor]:
     condition = conditions.get("canny")
     with Image.open(_CONTROL) as picture:
         control = condition.extract(picture.resize((64, 64)))
-    drawn = [
-        pipe(
-            _PROMPT,
-            image=control,
-            num_inference_steps=_STEPS,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="pt",
-        ).images
-        for seed in range(pictures)
-    ]
-    found = torch.cat(drawn).float().cpu()
-    return found, condition.score(found, to_pixels(to_rgb(control)).expand_as(found))
+    maps = to_pixels(to_rgb(control))
+    found = draw(pipe, maps, Request(_PROMPT, range(pictures), steps=_STEPS), calls=SizeRange(1, 1, 1)).pictures
+    return found, condition.score(found, maps.expand_as(found))
 
 
 def latency(report: Report, context: Context) -> None:
@@ -192,13 +183,13 @@ def graphs(report: Report, context: Context) -> None:
 
 
 def _replay_step(bundle: Bundle, backend: str, device: str) -> dict[str, Any]:
-    scratch = make_scratch(backend, device)
+    scratch = table.get(backend).scratch(device)
     controlnet, unet = (load_engine(bundle, name, backend, device, scratch) for name in ("controlnet", "unet"))
     profile, multiple = (
         bundle.manifest.profile,
         size_multiple(bundle.manifest.configs["unet"], bundle.manifest.configs["vae"]),
     )
-    symbols = {"batch": 2 * profile.batch.opt, "h": profile.height.opt // multiple, "w": profile.width.opt // multiple}
+    symbols = {name: size.opt for name, size in profile.symbols(multiple).items()}
     inputs = [{n: t.to(device) for n, t in example_inputs(e.inputs, symbols).items()} for e in (controlnet, unet)]
     step = StepGraphs(controlnet, unet)
     first_half = {name: tensor for name, tensor in inputs[1].items() if "residual" not in name}

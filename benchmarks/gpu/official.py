@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from icexport.models.align import to_official
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 
 
@@ -20,8 +21,8 @@ class OfficialHead(nn.Module):
     Args:
         config: Sizes of the network.
 
-    Source: InnerControl (arXiv 2507.02321). Parameters have the official names, as ``InnerControlProbe.to_official``
-    gives them.
+    Source: InnerControl (arXiv 2507.02321). Parameters have the official names, as ``align.to_official`` gives
+    them.
     """
 
     def __init__(self, config: ProbeConfig) -> None:
@@ -39,7 +40,7 @@ class OfficialHead(nn.Module):
     def of(cls, probe: InnerControlProbe) -> OfficialHead:
         """The same network with the weights, dtype and device of a probe."""
         head = cls(probe.config).to(probe.mixing_weights)
-        head.load_state_dict(probe.to_official())
+        head.load_state_dict(to_official(probe))
         return head.eval()
 
     def forward(self, taps: Sequence[Tensor], time_embedding: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from benchmarks.gpu import measure
 from benchmarks.gpu.machine import ROOT, checkout, driver_version, version_of
 from benchmarks.gpu.report import Context, NotAvailable, Report
 from benchmarks.gpu.timing import Bench, Row, ceilings
-from engines import registry
 from engines.kernels import SPECS
 from engines.kernels.check import check
+from icexport.backends import table
 
 _PACKAGES = (
     "torch", "triton", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime",
@@ -51,9 +51,9 @@ def environment(report: Report, context: Context) -> None:
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": getattr(properties, "L2_cache_size", None),  # older versions of torch do not say
         }
-    for name in registry.BACKENDS:
+    for name in table.BACKENDS:
         with report.item(f"backend {name}") as item:
-            state = registry.check(name)
+            state = table.get(name).check()
             item.values |= asdict(state)
             if not state.usable:
                 raise NotAvailable(f"{state.reason}. {state.fix}")

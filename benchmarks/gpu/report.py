@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from icexport.host.files import write_whole
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -122,9 +124,7 @@ class Item:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a file at once: a reader, or a kill in the middle, never sees half of it."""
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -22,9 +22,10 @@ from engines.base import Engine
 from engines.kernels import SPECS
 from engines.kernels.spec import Case
 from engines.torch_eager import TorchEngine
-from icexport.backends.plans import PLAN_BACKENDS, optimisation_profiles
+from icexport.backends import table
+from icexport.backends.plans import optimisation_profiles
 from icexport.export.onnx import export_graph
-from icexport.graphs.graph import example_inputs
+from icexport.graphs.graph import describe, example_inputs
 from icexport.graphs.profile import Profile, SizeRange
 from icexport.graphs.stable_diffusion import controlnet_graph, unet_graph
 from icexport.models.probe import ProbeConfig
@@ -88,7 +89,7 @@ def make_models(context: Context) -> Models:
     )
     engines = [TorchEngine(g.name, g.module, g.inputs, g.outputs, context.device) for g in made]
     cells = 8 if context.cuda else 4  # 64 x 64, or 8 x 8, in the multiples that the graphs count in
-    inputs = example_inputs(made[0].inputs, {"batch": 2, "h": cells, "w": cells})
+    inputs = example_inputs(made[0].inputs, {"samples": 2, "rows": cells, "columns": cells})
     on_device = {name: tensor.to(context.device) for name, tensor in inputs.items()}
     return Models(unet, controlnet, (engines[0], engines[1]), on_device)
 
@@ -201,11 +202,14 @@ def _head_share(report: Report, steps: _Steps) -> None:
         item.goals["probe head and check, share of a step"] = at_most(head / fastest, _HEAD_SHARE)
 
 
+_PLANS = tuple(name for name, backend in table.BACKENDS.items() if backend.needs_gpu)
+
+
 def exported(report: Report, context: Context) -> None:
     """The same step through ONNX Runtime and TensorRT, where these can use the GPU."""
     steps = _Steps(report, context)
-    for backend in ("onnxruntime", *PLAN_BACKENDS):
-        for graphed in (False, True) if backend in PLAN_BACKENDS else (False,):
+    for backend in ("onnxruntime", *_PLANS):
+        for graphed in (False, True) if backend in _PLANS else (False,):
             name = f"{backend}, CUDA graph" if graphed else backend
             steps.time(name, functools.partial(_exported, backend, graphed, context), backend)
 
@@ -214,7 +218,8 @@ def _exported(backend: str, graphed: bool, context: Context) -> Callable[[], obj
     context.need_cuda()
     controlnet, unet = (_exported_engine(name, backend, context) for name in ("controlnet", "unet"))
     inputs = {
-        n: t.to(context.device) for n, t in example_inputs(controlnet.inputs, {"batch": 2, "h": 8, "w": 8}).items()
+        n: t.to(context.device)
+        for n, t in example_inputs(controlnet.inputs, {"samples": 2, "rows": 8, "columns": 8}).items()
     }
     if graphed:
         return functools.partial(graphed_step, StepGraphs(controlnet, unet), inputs)
@@ -239,7 +244,7 @@ def _exported_engine(name: str, backend: str, context: Context) -> Engine:
             path.replace(folder / path.name)  # the graph itself last: it says that the weights are there
     del graph
     gc.collect()
-    if backend not in PLAN_BACKENDS:
+    if backend not in _PLANS:
         from engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(name, onnx, context.device)
@@ -249,6 +254,6 @@ def _exported_engine(name: str, backend: str, context: Context) -> Engine:
 
     plan = folder / f"{name}.{backend}.plan"
     if not plan.exists():
-        profiles = tuple(optimisation_profiles(name, inputs, profile, multiple))
+        profiles = tuple(optimisation_profiles(describe(inputs), profile, multiple))
         build(PlanRequest(backend, onnx, plan, "fp16", profiles))
     return TensorRtEngine(name, plan, inputs, outputs, flavour=backend, device=context.device)

@@ -10,7 +10,7 @@ from icexport.bundle.store import Bundle
 from icexport.errors import UnsupportedOptionError
 from icexport.graphs import stable_diffusion as graphs
 from icexport.graphs.graph import specs
-from icexport.models.dtypes import torch_dtype
+from icexport.models.precision import precision
 from icexport.models.probe import CONFIG_NAME, InnerControlProbe
 
 
@@ -36,5 +36,5 @@ def load_probe_kernels(bundle: Bundle, device: str | torch.device) -> Engine:
         raise UnsupportedOptionError(f"{bundle.path} was built without the probe's weights. Build it again.")
     entry = bundle.graph("probe")
     probe = InnerControlProbe.from_pretrained(bundle.folder(PROBE_FOLDER)).eval()
-    module = graphs.ProbeGraph(FusedProbe(probe.to(device, torch_dtype(bundle.manifest.dtype))))
+    module = graphs.ProbeGraph(FusedProbe(probe.to(device, precision(bundle.manifest.dtype).torch)))
     return TorchEngine("probe", module, specs(entry.inputs), specs(entry.outputs), device)

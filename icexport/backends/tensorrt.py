@@ -3,87 +3,169 @@
 from __future__ import annotations
 
 import logging
-import shlex
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from engines import registry
-from icexport.backends.plans import PLAN_BACKENDS
+from engines.base import Availability
+from engines.errors import BackendUnavailableError
+from icexport.backends.base import Backend, EngineRequest, Made, PlanOptions, found
+from icexport.backends.plans import PLAN_NAME, build_plan
 from icexport.bundle.engine_store import EngineStore
-from icexport.bundle.manifest import EngineEntry
-from icexport.bundle.store import Bundle
+from icexport.bundle.records import EngineEntry
+from icexport.errors import UsageError
 from icexport.host.files import digest
+from icexport.models.precision import precision
 
 if TYPE_CHECKING:
-    from engines.tensorrt.scratch import Scratch
+    import torch
 
+    from engines.base import Engine
+    from engines.tensorrt.scratch import Scratch
+    from icexport.bundle.store import Bundle
 
 logger = logging.getLogger(__name__)
 
+_LEVELS = range(6)
 
-def compiled_kernels(key: str) -> Path | None:
-    """File for the kernels that TensorRT-RTX compiles for this GPU from a plan; None: no place to keep them."""
-    folder = EngineStore().kernels
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        logger.warning("Kernels are compiled in every process, for %s cannot be written: %s", folder, error)
+
+class TensorRt(Backend):
+    """Classic TensorRT, which builds for the GPU of this machine."""
+
+    name = "tensorrt"
+    summary = "TensorRT plans, NVIDIA GPUs"
+    needs_gpu = True
+    stores = True
+    copies_weights = True
+    prefers_fixed_batch = True
+    takes_plugins = True
+    capturable = True
+
+    def check(self) -> Availability:
+        """See ``Backend.check``."""
+        return found("engines.tensorrt.api", lambda api: api.check_tensorrt())
+
+    def check_options(self, options: PlanOptions, dtype: str) -> None:
+        """Levels and limits of TensorRT's builder, and what the probe's plugins need; see ``Backend``."""
+        super().check_options(options, dtype)
+        if options.optimization_level not in _LEVELS:
+            raise UsageError(f"--optimization-level {options.optimization_level}: choose 0 to {_LEVELS[-1]}.")
+        if options.workspace_bytes is not None and options.workspace_bytes < 1:
+            raise UsageError("--workspace must be at least 1 MiB.")
+        if self.takes_plugins and options.plugins and find_spec("triton") is None:
+            raise BackendUnavailableError(
+                "The probe's plugins are compiled by Triton, which is not installed. Run: pip install triton, or "
+                "choose --no-plugins."
+            )
+
+    def target(self, options: PlanOptions) -> str:
+        """The GPU of this machine, or those that are built for; see ``Backend.target``."""
+        from engines.tensorrt import api
+
+        return api.device_tag(self.name, options.targets if self.takes_targets else (), None)
+
+    def key_options(self, options: PlanOptions) -> dict[str, Any]:
+        """What the builder is told; see ``Backend.key_options``."""
+        return {"optimization_level": options.optimization_level, "workspace_bytes": options.workspace_bytes}
+
+    def make(self, request: EngineRequest, made: Made) -> EngineEntry:
+        """From the store, or by building it; see ``Backend.make``."""
+        return build_plan(self.name, request, made, request.options.targets if self.takes_targets else ())
+
+    def refusal(self, bundle: Bundle, key: str, entry: EngineEntry, device: str | torch.device) -> str:
+        """A plan belongs to one graph with its weights, one version of its library, and one kind of GPU."""
+        parts, graph = entry.made_from, bundle.manifest.graphs[entry.graph]
+        file = graph.plugin_file if parts.get("kernels") else graph.file
+        weights = (bundle.manifest.files.get(file or ""), bundle.manifest.files.get(f"{file}.data", ""))
+        if digest(parts) != key or (parts.get("graph"), parts.get("weights")) != weights:
+            return "it was made from another graph or other weights than the bundle holds"
+        installed = self.check().version
+        if installed != entry.version:
+            return f"it was built by {self.name} {entry.version}, and {installed or 'none'} is installed"
+        if entry.device == "portable":
+            return ""
+        import torch
+
+        name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        if self.fits(entry.device, name, f"sm_{major}{minor}"):
+            return ""
+        return f"it was built for {entry.device}, and {device} is {name} (sm_{major}{minor})"
+
+    def fits(self, built_for: str, name: str, capability: str) -> bool:
+        """Whether a plan runs on a GPU of this name and compute capability."""
+        return f"{name} {capability}" == built_for
+
+    def scratch(self, device: str | torch.device) -> Scratch:
+        """Scratch memory for plans that run in turn; see ``Backend.scratch``."""
+        from engines.tensorrt.scratch import Scratch
+
+        return Scratch(device)
+
+    def open(
+        self, bundle: Bundle, key: str, entry: EngineEntry, device: str | torch.device, scratch: Scratch | None = None
+    ) -> Engine:
+        """The plan on the GPU; see ``Backend.open``."""
+        from engines.tensorrt.engine import TensorRtEngine
+        from icexport.graphs.graph import specs
+
+        bundle.verify(entry.files)
+        graph = bundle.graph(entry.graph)
+        plan = bundle.path / next(file for file in entry.files if file.endswith(PLAN_NAME))
+        return TensorRtEngine(
+            entry.graph,
+            plan,
+            specs(graph.inputs),
+            specs(graph.outputs),
+            flavour=self.name,
+            device=device,
+            scratch=scratch,
+            runtime_cache=self.kernel_cache(key),
+        )
+
+    def kernel_cache(self, _key: str) -> Path | None:
+        """File for kernels that the library compiles when it loads a plan; None: it compiles none."""
         return None
-    return folder / f"{key}.cache"
 
 
-def make_scratch(backend: str, device: str | torch.device) -> Scratch | None:
-    """Memory that the engines of one pipeline share, for the backends whose engines take some."""
-    if backend not in PLAN_BACKENDS:
-        return None
-    from engines.tensorrt.scratch import Scratch
+class TensorRtRtx(TensorRt):
+    """TensorRT-RTX, which builds for other machines' GPUs, too."""
 
-    return Scratch(device)
+    name = "tensorrt-rtx"
+    summary = "TensorRT-RTX plans, GeForce and RTX GPUs"
+    takes_plugins = False
+    takes_targets = True
 
+    def check(self) -> Availability:
+        """See ``Backend.check``."""
+        return found("engines.tensorrt.api", lambda api: api.check_tensorrt_rtx())
 
-def refusal(bundle: Bundle, key: str, engine: EngineEntry, device: str | torch.device) -> str:
-    """Why a plan cannot be used on ``device``; empty if nothing speaks against it.
+    def check_options(self, options: PlanOptions, dtype: str) -> None:
+        """Also the GPUs that are named; see ``TensorRt``."""
+        from engines.tensorrt.api import RTX_TARGETS
 
-    A plan belongs to one graph with its weights, one version of its library, and one kind of GPU.
-    """
-    parts, graph = engine.report.get("made_from", {}), bundle.manifest.graphs[engine.graph]
-    file = graph.plugin_file if parts.get("kernels") else graph.file
-    weights = (bundle.manifest.files.get(file or ""), bundle.manifest.files.get(f"{file}.data", ""))
-    if digest(parts) != key or (parts.get("graph"), parts.get("weights")) != weights:
-        return "it was made from another graph or other weights than the bundle holds"
-    installed = registry.check(engine.backend).version
-    if installed != engine.version:
-        return f"it was built by {engine.backend} {engine.version}, and {installed or 'none'} is installed"
-    if engine.device == "portable":
-        return ""
-    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    capability = f"sm_{major}{minor}"
-    fits = (
-        capability in engine.device.split("+")
-        if engine.backend == "tensorrt-rtx"
-        else f"{name} {capability}" == engine.device
-    )
-    return "" if fits else f"it was built for {engine.device}, and {device} is {name} ({capability})"
+        super().check_options(options, dtype)
+        if unknown := sorted(set(options.targets) - set(RTX_TARGETS)):
+            raise UsageError(
+                f"--target-sm {' '.join(map(str, unknown))}: TensorRT-RTX builds for "
+                f"{', '.join(map(str, RTX_TARGETS))}. For other GPUs, such as Hopper (90), use --backend tensorrt on "
+                "such a GPU."
+            )
+        if old := [target for target in options.targets if target < precision(dtype).capability]:
+            raise UsageError(
+                f"--target-sm {' '.join(map(str, old))}: has no {precision(dtype).torch_name}. Leave it out, or "
+                "choose fp16."
+            )
 
+    def fits(self, built_for: str, name: str, capability: str) -> bool:
+        """See ``TensorRt``; any of several capabilities."""
+        return capability in built_for.split("+")
 
-def rebuild_command(bundle: Bundle, backend: str) -> str:
-    """The command that builds a bundle's engines again on this machine."""
-    manifest, profile = bundle.manifest, bundle.manifest.profile
-    source = manifest.source
-    sizes = [("--shape", f"{h}x{w}") for h, w in profile.shapes] or [
-        ("--height", str(profile.height)),
-        ("--width", str(profile.width)),
-    ]
-    options = [
-        ("--cond", manifest.condition["name"]),
-        ("--model", source["model"]),
-        *((f"--{part}", source[part]) for part in ("controlnet", "probe") if source[part]),
-        ("--backend", backend),
-        ("--dtype", manifest.dtype),
-        *sizes,
-        ("--batch-size", str(profile.batch)),
-        ("--output", str(bundle.path)),
-    ]
-    return shlex.join(["icexport", "build", *(word for option in options for word in option)])
+    def kernel_cache(self, key: str) -> Path | None:
+        """File for the kernels that are compiled for this GPU from a plan; None: no place to keep them."""
+        folder = EngineStore().kernels
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning("Kernels are compiled in every process, for %s cannot be written: %s", folder, error)
+            return None
+        return folder / f"{key}.cache"

@@ -1,51 +1,56 @@
-"""Eager PyTorch, the reference: weights as safetensors."""
+"""Eager PyTorch, the reference: weights as safetensors, in diffusers' own layout."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
-from diffusers.configuration_utils import ConfigMixin
-from safetensors.torch import save_file
-
+from engines.base import Availability
+from icexport.backends.base import Backend, EngineRequest, Made, found
+from icexport.bundle.records import EngineEntry
 from icexport.errors import BundleError
-from icexport.graphs import stable_diffusion as graphs
-from icexport.graphs.graph import Graph
-from icexport.models import loading
-from icexport.models.dtypes import torch_dtype
-from icexport.models.probe import CONFIG_NAME, WEIGHTS_NAME, InnerControlProbe, ProbeConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+
+    from engines.base import Engine
+    from engines.tensorrt.scratch import Scratch
+    from icexport.bundle.store import Bundle
 
 
-def torch_module(graph: str, folder: Path, configs: Mapping[str, Mapping[str, Any]], dtype: str) -> nn.Module:
-    """The module of one graph from the weights that ``save_torch`` wrote."""
-    precision = torch_dtype(dtype)
-    probe = ProbeConfig.from_dict(configs["probe"]) if "probe" in configs else None
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "text_encoder": lambda: graphs.TextEncoderGraph(loading.load_text_encoder(folder, precision)),
-        "controlnet": lambda: graphs.ControlNetGraph(loading.load_controlnet(folder, precision)),
-        "unet": lambda: graphs.UNetGraph(loading.load_unet(folder, precision), probe),
-        "probe": lambda: graphs.ProbeGraph(loading.load_probe(folder, precision)),
-        "vae_decoder": lambda: graphs.VaeDecoderGraph(loading.load_vae(folder, precision)),
-    }
-    if graph not in makers:
-        raise BundleError(f"No PyTorch module is known for the graph {graph!r}.")
-    return makers[graph]()
+class TorchEager(Backend):
+    """PyTorch without compilation, on CPU and CUDA."""
 
+    name = "torch"
+    summary = "eager PyTorch, the reference"
+    from_module = True
+    copies_weights = True
+    capturable = True
 
-def save_torch(graph: Graph, folder: Path) -> None:
-    """Write the weights of a graph's model for the ``torch`` backend: safetensors and config, as diffusers does."""
-    (model,) = [m for m in graph.module.children() if hasattr(m, "save_pretrained")]
-    if isinstance(model, ConfigMixin):
-        model.register_to_config(_name_or_path="")  # where the model lay on this machine is nobody's business
-    if isinstance(model, InnerControlProbe):
-        # Its own way adds metadata, which safetensors writes in random order: equal builds would have other hashes.
-        folder.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS_NAME)
-        (folder / CONFIG_NAME).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        return
-    model.save_pretrained(folder)  # type: ignore[operator]
+    def check(self) -> Availability:
+        """See ``Backend.check``."""
+        return found("engines.torch_eager", lambda module: module.check())
+
+    def make(self, request: EngineRequest, made: Made) -> EngineEntry:
+        """Write the weights of the graph's model; see ``Backend.make``."""
+        from icexport.backends.torch_modules import save_torch
+
+        if request.module is None:
+            raise BundleError(f"The torch engine of {request.graph} is made from its module, which is not there.")
+        folder = request.folder / "engines" / made.key
+        save_torch(request.module, folder)
+        files = sorted(p.relative_to(request.folder).as_posix() for p in folder.iterdir())
+        return EngineEntry(request.graph, self.name, made.parts["version"], files, made_from=made.parts)
+
+    def open(
+        self, bundle: Bundle, key: str, entry: EngineEntry, device: str | torch.device, scratch: Scratch | None = None
+    ) -> Engine:
+        """The module with its weights on ``device``; see ``Backend.open``."""
+        from engines.torch_eager import TorchEngine
+        from icexport.backends.torch_modules import torch_module
+        from icexport.graphs.graph import specs
+
+        graph = bundle.graph(entry.graph)
+        folder = bundle.folder(PurePosixPath(entry.files[0]).parent.as_posix())
+        module = torch_module(entry.graph, folder, bundle.manifest)
+        return TorchEngine(entry.graph, module.to(device), specs(graph.inputs), specs(graph.outputs), device)

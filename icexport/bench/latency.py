@@ -26,7 +26,11 @@ from icexport.bundle.source import recorded_source
 from icexport.bundle.store import Bundle
 from icexport.errors import UsageError
 from icexport.fidelity.metrics import psnr
+from icexport.graphs.profile import SizeRange
 from icexport.host.versions import machine
+from icexport.models.precision import precision
+from icexport.runtime.drawing import Request, draw
+from icexport.runtime.eager import load_eager
 from icexport.runtime.pipeline import InnerControlPipeline
 from icexport.runtime.schedulers import load_scheduler
 
@@ -188,30 +192,22 @@ def run_latency(
     names = [choose_backend(bundle, name, device) for name in wanted]
     height, width = manifest.profile.height.opt, manifest.profile.width.opt
     control = _test_map(batch, height, width)
+    request = Request(_PROMPT, range(seed, seed + batch), steps=steps)
     pipes: dict[str, Any] = {}
     loading: dict[str, float] = {}
     memory: dict[str, float] = {}
     pictures: dict[str, Tensor] = {}
 
     def call(name: str, callback: Callable[..., dict[str, Tensor]] | None = None) -> Tensor:
-        options = {} if name == BASELINE else {"check_fidelity": False}
-        images: Tensor = pipes[name](
-            [_PROMPT] * batch,
-            image=control,
-            num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(batch)],
-            output_type="pt",
-            callback_on_step_end=callback,
-            **options,
-        ).images
-        return images.float().cpu()
+        return draw(pipes[name], control, request, calls=SizeRange(batch, batch, batch), callback=callback).pictures
 
     for name in [BASELINE, *names] if baseline else names:
         progress(f"load {name}")
         gc.collect()
         before, started = _memory(device), time.perf_counter()
         if name == BASELINE:
-            pipes[name] = _diffusers(bundle, device)
+            own = load_scheduler(bundle.folder("scheduler"))
+            pipes[name] = load_eager(recorded_source(bundle), precision(manifest.dtype).torch, own, device)
         else:
             pipes[name] = InnerControlPipeline.from_pretrained(
                 bundle, backend=name, device=device, cuda_graph=cuda_graph
@@ -266,26 +262,6 @@ def _step_seconds(call: Callable[[Callable[..., dict[str, Tensor]]], object], de
 
     call(ended)
     return statistics.median(b - a for a, b in pairwise(ends)) if len(ends) > 1 else None
-
-
-def _diffusers(bundle: Bundle, device: str) -> Any:
-    """Diffusers' own pipeline on the same weights, in the bundle's precision."""
-    from diffusers import StableDiffusionControlNetPipeline
-
-    from icexport.models.dtypes import torch_dtype
-
-    source, dtype = recorded_source(bundle), torch_dtype(bundle.manifest.dtype)
-    return StableDiffusionControlNetPipeline(
-        vae=source.vae(dtype),
-        text_encoder=source.text_encoder(dtype),
-        tokenizer=source.tokenizer(),
-        unet=source.unet(dtype),
-        controlnet=source.controlnet_model(dtype),
-        scheduler=load_scheduler(bundle),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(device)
 
 
 def _test_map(batch: int, height: int, width: int) -> Tensor:

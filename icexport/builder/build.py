@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from icexport.backends.plans import PlanOptions
-from icexport.builder.options import BuildSpec, plan
+from icexport.backends import table
+from icexport.backends.base import PlanOptions
+from icexport.builder.options import BuildOptions, BuildSpec
 from icexport.bundle.engine_store import EngineStore
 from icexport.bundle.store import Bundle, writing
-from icexport.errors import BundleError, DamagedBundleError
-from icexport.models.fit import check_fit
-from icexport.models.loading import REFERENCE
+from icexport.errors import BundleError, DamagedBundleError, SchemaError
+from icexport.models.loading import REFERENCE, ModelSource
+from icexport.models.precision import precision
 from icexport.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def build(
     engine_store: str | Path | None = None,
     output: str | Path | None = None,
     force: bool = False,
+    check_hashes: bool = False,
     verify: bool = True,
     progress: Progress = silent,
 ) -> Bundle:
@@ -64,6 +66,8 @@ def build(
         engine_store: where built engines are kept for other bundles; default: see ``EngineStore``.
         output: the bundle's folder; default ``builds/<cond>``.
         force: build even if an identical bundle is there.
+        check_hashes: before saying that an identical bundle is there, read every file of it and of the model; by
+            default, those whose size and time are as recorded are taken to be unchanged.
         verify: run the parity gate.
         progress: told what is being done.
 
@@ -79,55 +83,91 @@ def build(
         BundleError: the folder is in use, or the disk refuses.
     """
     workspace = None if workspace_mb is None else workspace_mb << 20
-    options = PlanOptions(tuple(sorted(set(target_sm))), optimization_level, workspace, plugins)
-    spec = plan(
-        cond, model, controlnet, probe, backend, dtype, height, width, batch_size, opset, verify, shapes, options
+    plans = PlanOptions(tuple(sorted(set(target_sm))), optimization_level, workspace, plugins)
+    options = BuildOptions(
+        model=model,
+        controlnet=controlnet,
+        probe=probe,
+        backends=[backend] if isinstance(backend, str) else backend,
+        dtype=dtype,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        shapes=shapes,
+        opset=opset,
+        verify=verify,
+        plans=plans,
     )
+    spec = BuildSpec.of(cond, options)
     folder = Path(output or Path("builds") / cond)
+    earlier = None if force else _earlier(folder)
+    if earlier is not None and not check_hashes:
+        _know_unchanged(earlier, spec.source)
     key = spec.key()
-    if not force and (hit := _cached(folder, key)):
+    if earlier is not None and _is_intact(earlier, key):
         logger.info("%s is up to date (key %s); nothing to do", folder, key[:12])
-        return hit
+        return earlier
     if spec.source.model == REFERENCE:
         logger.warning(
             "Using the embedded reference model: 64 x 64 px icons, made for trying things out. Name a real one with "
             "--model DIR|HUB_ID --controlnet DIR|HUB_ID --probe DIR."
         )
     progress("check the model")
-    from icexport import conditions  # with torch; a cache hit does without
-    from icexport.builder.writer import BundleWriter
+    from icexport import conditions  # with torch, as the next two; a cache hit does without
+    from icexport.builder.writer import write_bundle
+    from icexport.models.fit import check_source
 
     conditions.get(spec.source.condition)
-    check_fit(spec.source)
-
+    check_source(spec.source)
     store = EngineStore(engine_store)
     with writing(folder) as temporary:
         _check_space(temporary, spec)
-        BundleWriter(spec, key, temporary, store, progress).write()
-    if spec.plan_backends:
+        write_bundle(spec, key, temporary, store, progress)
+    if any(table.get(name).stores for name in spec.backends):
         store.register(folder)
     return Bundle(folder)
 
 
-def _cached(folder: Path, key: str) -> Bundle | None:
-    """The intact bundle of this key in ``folder``, if there is one."""
+def _earlier(folder: Path) -> Bundle | None:
+    """The bundle that is in ``folder``, if there is one that can be read."""
     try:
-        bundle = Bundle(folder)
-        if bundle.manifest.key != key:
-            return None
+        return Bundle(folder)
+    except DamagedBundleError as error:
+        logger.warning("%s Building it again.", error)
+    except SchemaError as error:
+        logger.info("%s", error)
+    except BundleError:
+        logger.debug("There is no bundle in %s yet", folder)
+    return None
+
+
+def _know_unchanged(bundle: Bundle, source: ModelSource) -> None:
+    """Take over the recorded hashes of those files of the bundle and the model that have their recorded stamps."""
+    manifest = bundle.manifest
+    for name, stamp in manifest.stamps.files.items():
+        if name in manifest.files:
+            bundle.hashes.know(bundle.path / name, stamp, manifest.files[name])
+    for name, stamp in manifest.stamps.source.items():
+        if name in source.paths and name in manifest.source.files:
+            source.hashes.know(source.paths[name], stamp, manifest.source.files[name])
+
+
+def _is_intact(bundle: Bundle, key: str) -> bool:
+    """Whether it is the bundle of this key, with all of its files as they were."""
+    if bundle.manifest.key != key:
+        return False
+    try:
         bundle.verify()
     except DamagedBundleError as error:
         logger.warning("%s Building it again.", error)
-        return None
-    except BundleError:
-        return None
-    return bundle
+        return False
+    return True
 
 
 def _check_space(folder: Path, spec: BuildSpec) -> None:
     """Refuse before the long work what would end in a full disk after it."""
-    copies = 1 + ("torch" in spec.backends) + len(spec.plan_backends)
-    needed = int(1.1 * spec.source.elements() * copies * (4 if spec.dtype == "fp32" else 2))
+    copies = 1 + sum(table.get(name).copies_weights for name in spec.backends)
+    needed = int(1.1 * spec.source.elements() * copies * precision(spec.dtype).bytes)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise BundleError(

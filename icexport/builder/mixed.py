@@ -26,11 +26,11 @@ import onnx
 import onnx_ir
 from onnx import helper
 
-from engines.torch_eager import TorchEngine
 from icexport.errors import ExportError
 from icexport.export.precision import WIDE
 from icexport.export.widen import values_of, widen, widen_weights
 from icexport.graphs.graph import Graph
+from icexport.models.precision import Precision
 from icexport.parity import bisect
 from icexport.parity.cases import Case
 from icexport.parity.compare import COSINE_ERROR, compare, room
@@ -85,7 +85,7 @@ class _Finding:
     measured: float
 
 
-def stabilise(path: Path, reference: Graph, case_list: Sequence[Case], dtype: str) -> list[Island]:
+def stabilise(path: Path, reference: Graph, case_list: Sequence[Case], dtype: Precision) -> list[Island]:
     """Move what overflows or fails in float16 to float32, in the file.
 
     Args:
@@ -93,7 +93,7 @@ def stabilise(path: Path, reference: Graph, case_list: Sequence[Case], dtype: st
             byte, if nothing has to be moved.
         reference: its module in float32.
         case_list: inputs to judge by, in float32. Each costs two runs in ONNX Runtime and one of PyTorch.
-        dtype: of the file. Only ``fp16`` is treated: bfloat16 has float32's range.
+        dtype: float16, as a precision: of the file.
 
     Returns:
         The islands in the order of running. If parity still fails after ``ROUNDS`` modules, only those of the range
@@ -102,14 +102,12 @@ def stabilise(path: Path, reference: Graph, case_list: Sequence[Case], dtype: st
     Raises:
         ExportError: a weight or an output is too large for float16.
     """
-    if dtype != "fp16":
-        return []
     _check_weights(reference)
     model = onnx.load(path, load_external_data=False)
     peaks = measure(model, case_list, path.parent)
     _check_outputs(model, peaks, reference.name)
     moved = out_of_range(model, peaks)
-    moved |= _until_parity(model, moved, path.parent, reference, case_list)
+    moved |= _until_parity(model, moved, path.parent, reference, case_list, dtype)
     if moved:
         _save(model, moved, path)
     return _summary(model, moved)
@@ -181,15 +179,16 @@ def _until_parity(
     folder: Path,
     reference: Graph,
     case_list: Sequence[Case],
+    dtype: Precision,
 ) -> dict[int, _Finding]:
     """Nodes beyond ``ranged`` that make parity hold, module by module; none if that cannot be reached."""
-    exact = TorchEngine(reference.name, reference.module, reference.inputs, reference.outputs)
+    exact = reference.engine()
     extra: dict[int, _Finding] = {}
     for _ in range(ROUNDS + 1):
         moved = {**ranged, **extra}
         candidate = widen(model, moved)
-        engine = SimulatedEngine(reference.name, candidate, folder, reference.inputs, reference.outputs, "fp16")
-        found = compare(engine, exact, None, list(case_list), "fp16")
+        engine = SimulatedEngine(reference.name, candidate, folder, reference.inputs, reference.outputs, dtype)
+        found = compare(engine, exact, None, list(case_list), dtype)
         engine.close()
         # PyTorch's own error in float16, by which the gate measures, is what is simulated: the cosine's limit is left.
         name, worst = min(found.items(), key=lambda item: room(item[1]))

@@ -11,29 +11,29 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from engines import registry
 from icexport import conditions
-from icexport.backends.plans import build_plan
-from icexport.backends.torch_eager import save_torch
+from icexport.backends import table
+from icexport.backends.base import EngineRequest, make_engine
 from icexport.builder.mixed import stabilise
 from icexport.builder.options import BuildSpec
 from icexport.bundle.engine_store import EngineStore
-from icexport.bundle.manifest import PROBE_FOLDER, EngineEntry, GraphEntry, Manifest, key_parts
-from icexport.bundle.store import Bundle, hash_files
+from icexport.bundle.manifest import PROBE_FOLDER, Manifest
+from icexport.bundle.records import ConditionInfo, EngineEntry, GraphEntry, SourceInfo, Stamps
+from icexport.bundle.store import Bundle, files_of
 from icexport.errors import ExportError
 from icexport.export.onnx import export_graph
 from icexport.export.plugins import export_plugin_graph
 from icexport.export.precision import read_precision
 from icexport.gates.parity_gate import parity_gate, write_report
-from icexport.graphs.graph import Graph, describe, specs
+from icexport.graphs.graph import Graph, describe
 from icexport.graphs.split import split
-from icexport.host.files import digest, sha256
+from icexport.host.files import Hashes, Stamp
 from icexport.host.versions import versions
-from icexport.models.dtypes import torch_dtype
+from icexport.models.precision import REFERENCE, precision
 from icexport.models.probe import CONFIG_NAME, WEIGHTS_NAME
 from icexport.models.sizes import size_multiple
 from icexport.parity.cases import Case, cases
-from icexport.parity.compare import FACTOR, FLOOR, MIN_COSINE
+from icexport.parity.compare import FACTOR, MIN_COSINE
 from icexport.parity.real_cases import real_cases
 from icexport.progress import Progress
 
@@ -42,144 +42,121 @@ logger = logging.getLogger(__name__)
 _SEEDED_CASES = 3
 
 
-class BundleWriter:
-    """Writes one bundle.
+def write_bundle(spec: BuildSpec, key: str, folder: Path, store: EngineStore, progress: Progress) -> None:
+    """Write one bundle.
 
     Args:
         spec: what to build.
         key: of the bundle.
         folder: an empty one.
-        store: where TensorRT plans are kept for other bundles.
+        store: where engines are kept for other bundles.
         progress: told what is being done.
-    """
 
-    def __init__(self, spec: BuildSpec, key: str, folder: Path, store: EngineStore, progress: Progress) -> None:
+    Errors are those of ``icexport.build``.
+    """
+    _Writer(spec, folder, store, progress).write(key)
+
+
+class _Writer:
+    def __init__(self, spec: BuildSpec, folder: Path, store: EngineStore, progress: Progress) -> None:
         self._spec = spec
-        self._key = key
         self._folder = folder
         self._store = store
         self._progress = progress
+        self._precision = precision(spec.dtype)
         self._multiple = size_multiple(spec.source.config("unet"), spec.source.config("vae"))
         self._symbols = spec.profile.symbols(self._multiple)
-        self._plugins: tuple[str, ...] = ()
+        self._hashes = Hashes()
 
-    def write(self) -> None:
-        """Write all of it; the errors are those of ``icexport.build``."""
+    def write(self, key: str) -> None:
         (self._folder / "graphs").mkdir()
         entries: dict[str, GraphEntry] = {}
         engines: dict[str, EngineEntry] = {}
         spec = self._spec
-        mixed = spec.dtype == "fp16"
-        graphs = split(spec.source, "fp32" if mixed else spec.dtype)
-        real: dict[str, list[Case]] = {}
-        if mixed:
-            self._progress("draw a picture for its activations")
-            held = list(graphs)  # the picture needs all of them at once; each is let go once it is exported
-            real = real_cases(held, spec.source, spec.profile)
-            graphs = _handed_out(held)
-        for graph in graphs:
-            entries[graph.name], made = self._graph(graph, real.get(graph.name))
-            engines |= made
-            del graph
+        backends = [table.get(name) for name in spec.backends]
+        for graph, real in self._graphs():
+            lowered = graph if real is None else graph.cast(self._precision.torch)
+            entry = self._export(lowered)
+            if real is not None:
+                entry = self._move_islands(entry, graph, real)
+            entries[graph.name] = entry
+            for backend in (b for b in backends if b.from_module):
+                engines |= make_engine(backend, self._request(graph.name, entry, lowered))
+            del graph, lowered
             gc.collect()
-        # Only now: the models are out of memory, which the builder needs for itself.
-        for backend in spec.plan_backends:
+        # Only now: the models are out of memory, which a builder needs for itself.
+        for backend in (b for b in backends if not b.from_module):
             for name, entry in entries.items():
-                engines |= self._plan(name, entry, backend)
+                engines |= make_engine(backend, self._request(name, entry))
         self._copy_small_parts()
-        manifest = self._manifest(entries, engines)
-        manifest.write(self._folder)
+        manifest = self._manifest(key, entries, engines)
+        self._finish(manifest)
         if spec.verify:
-            bundle = Bundle(self._folder)
+            bundle = Bundle(self._folder, self._hashes)
             manifest.parity = parity_gate(bundle, spec.source, spec.backends, self._progress)
             write_report(bundle, manifest.parity)
-            manifest.files = hash_files(self._folder)
-            manifest.write(self._folder)
+            self._finish(manifest)
+        spec.source.check_unchanged()
 
-    def _graph(self, graph: Graph, real: list[Case] | None) -> tuple[GraphEntry, dict[str, EngineEntry]]:
-        """One graph's file, and the engines that are made from its module.
+    def _graphs(self) -> Iterator[tuple[Graph, list[Case] | None]]:
+        """The graphs in the precision of the build; whoever takes one is the only one to hold it.
 
-        Args:
-            graph: in the precision of the build; in float32 where ``real`` is given.
-            real: inputs of a real picture, by which the parts are found that float16 cannot carry.
+        Where some values may be too large for that precision, a graph comes in float32 instead, and with inputs of a
+        real picture, by which these values are found.
         """
-        lowered = graph if real is None else graph.cast(torch_dtype(self._spec.dtype))
-        entry = self._export(lowered)
-        if real is not None:
-            entry = self._move_islands(entry, graph, real)
-        engines: dict[str, EngineEntry] = {}
-        for backend in self._spec.backends:
-            if backend not in self._spec.plan_backends:
-                engines |= self._engine(lowered, entry, backend)
-        return entry, engines
+        spec = self._spec
+        if not self._precision.overflows:
+            # Not a loop, whose variable would hold a graph while the next one is loaded.
+            return map(lambda graph: (graph, None), split(spec.source, self._precision.torch))  # noqa: C417
+        self._progress("draw a picture for its activations")
+        held = {graph.name: graph for graph in split(spec.source, REFERENCE.torch)}  # the picture needs all at once
+        real = real_cases(list(held.values()), spec.source, spec.profile)
+        return map(lambda name: (held.pop(name), real.pop(name)), list(held))  # noqa: C417
+
+    def _request(self, name: str, entry: GraphEntry, module: Graph | None = None) -> EngineRequest:
+        spec = self._spec
+        return EngineRequest(
+            graph=name,
+            entry=entry,
+            folder=self._folder,
+            dtype=spec.dtype,
+            profile=spec.profile,
+            multiple=self._multiple,
+            options=spec.plans,
+            store=self._store,
+            hashes=self._hashes,
+            progress=self._progress,
+            module=module,
+        )
 
     def _export(self, graph: Graph) -> GraphEntry:
         self._progress(f"export {graph.name}")
         started = time.perf_counter()
-        file = f"graphs/{graph.name}.onnx"
-        export_graph(graph, self._folder / file, self._symbols, self._spec.opset)
-        plugin_file = None
-        if graph.name == "probe" and "tensorrt" in self._spec.backends and self._spec.plans.plugins:
+        file, opset = f"graphs/{graph.name}.onnx", self._spec.opset
+        export_graph(graph, self._folder / file, self._symbols, opset)
+        plugin_file: str | None = None
+        plugins: tuple[str, ...] = ()
+        if graph.name == "probe" and self._spec.plugins:
             plugin_file = "graphs/probe.plugins.onnx"
-            path = self._folder / plugin_file
-            self._plugins = export_plugin_graph(graph, path, self._symbols, self._spec.opset)
+            plugins = export_plugin_graph(graph, self._folder / plugin_file, self._symbols, opset)
         logger.debug("Exported %s in %.1f s", graph.name, time.perf_counter() - started)
-        inputs, outputs = ([describe(spec) for spec in side] for side in (graph.inputs, graph.outputs))
-        dtypes = read_precision(self._folder / file, self._spec.dtype)
-        return GraphEntry(file, inputs, outputs, dtypes, plugin_file=plugin_file)
+        dtypes = read_precision(self._folder / file, self._precision)
+        inputs, outputs = describe(graph.inputs), describe(graph.outputs)
+        return GraphEntry(file, inputs, outputs, dtypes, plugin_file=plugin_file, plugins=plugins)
 
     def _move_islands(self, entry: GraphEntry, reference: Graph, real: list[Case]) -> GraphEntry:
-        """Move the parts of an exported graph to float32 that float16 cannot carry; seeded and real inputs judge."""
+        """Move the parts of an exported graph to float32 that its precision cannot carry."""
         self._progress(f"float16 range of {reference.name}")
         seeded = islice(cases(reference, self._spec.profile, self._multiple), _SEEDED_CASES)
         path = self._folder / entry.file
-        islands = stabilise(path, reference, [*seeded, *real], self._spec.dtype)
+        islands = stabilise(path, reference, [*seeded, *real], self._precision)
         if islands and entry.plugin_file:
             raise ExportError(
                 f"{reference.name} needs float32 for {', '.join(island.scope for island in islands)}, which its "
                 "kernels cannot give. Build with --no-plugins."
             )
-        dtypes = read_precision(path, self._spec.dtype)
+        dtypes = read_precision(path, self._precision)
         return replace(entry, dtypes=dtypes, islands=[island.to_json() for island in islands])
-
-    def _engine(self, graph: Graph, entry: GraphEntry, backend: str) -> dict[str, EngineEntry]:
-        """The entry of one engine by its key, with its files written where the backend needs files of its own."""
-        data = self._folder / f"{entry.file}.data"
-        version = registry.check(backend).version or ""
-        parts = key_parts(
-            graph_hash=sha256(self._folder / entry.file),
-            weights_hash=sha256(data) if data.exists() else "",
-            profile=self._spec.profile,
-            dtype=self._spec.dtype,
-            backend=backend,
-            version=version,
-            device="any",  # neither ONNX Runtime's nor PyTorch's files depend on the device
-        )
-        key = digest(parts)
-        files: list[str] = []
-        if backend == "torch":
-            folder = self._folder / "engines" / key
-            save_torch(graph, folder)
-            files = sorted(p.relative_to(self._folder).as_posix() for p in folder.iterdir())
-        return {key: EngineEntry(graph.name, backend, version, files)}
-
-    def _plan(self, name: str, entry: GraphEntry, backend: str) -> dict[str, EngineEntry]:
-        plugins = self._plugins if entry.plugin_file and backend == "tensorrt" else ()
-        file = entry.plugin_file if plugins else entry.file
-        return build_plan(
-            name,
-            self._folder / str(file),
-            specs(entry.inputs),
-            backend=backend,
-            dtype=self._spec.dtype,
-            profile=self._spec.profile,
-            multiple=self._multiple,
-            options=self._spec.plans,
-            plugins=plugins,
-            store=self._store,
-            folder=self._folder,
-            progress=self._progress,
-        )
 
     def _copy_small_parts(self) -> None:
         """Tokenizer, scheduler, feature extractor, and the probe for kernels outside of the engines, as they are."""
@@ -197,27 +174,32 @@ class BundleWriter:
                 "from_pretrained(..., safety_checker=...) where you need it."
             )
 
-    def _manifest(self, entries: dict[str, GraphEntry], engines: dict[str, EngineEntry]) -> Manifest:
+    def _manifest(self, key: str, entries: dict[str, GraphEntry], engines: dict[str, EngineEntry]) -> Manifest:
         source, spec = self._spec.source, self._spec
         parts = ["text_encoder", "controlnet", "unet", "vae", *(["probe"] if source.probe_folder else [])]
+        configs = {part: source.full_config(part) for part in parts}
         return Manifest(
-            key=self._key,
-            condition=conditions.get(source.condition).describe(),
-            source=source.describe(),
+            key=key,
+            condition=ConditionInfo(**conditions.get(source.condition).describe()),
+            source=SourceInfo(source.family.name, source.model, source.controlnet, source.probe, source.files),
             dtype=spec.dtype,
             opset=spec.opset,
             profile=spec.profile,
             graphs=entries,
-            configs={part: source.full_config(part) for part in parts},
+            configs=configs | {"scheduler": source.config("scheduler")},
             engines=engines,
-            files=hash_files(self._folder),
-            tolerances={"cosine": MIN_COSINE, "factor": FACTOR, "floor": FLOOR[spec.dtype]},
+            files={},
+            tolerances={"cosine": MIN_COSINE, "factor": FACTOR, "floor": self._precision.floor},
             parity={},
             versions=versions(),
         )
 
-
-def _handed_out(graphs: list[Graph]) -> Iterator[Graph]:
-    """Each graph once; whoever takes it is the only one that holds it."""
-    while graphs:
-        yield graphs.pop(0)
+    def _finish(self, manifest: Manifest) -> None:
+        """Write the manifest for what is in the folder now; files that it had already are not read again."""
+        source, now, files = self._spec.source, time.time_ns(), files_of(self._folder)
+        manifest.files = {name: self._hashes(path) for name, path in files.items()}
+        # Nobody else writes into this folder, so that a stamp taken now will do for what has had time to settle.
+        own = {name: stamp for name, path in files.items() if (stamp := Stamp.of(path)).settled(now)}
+        theirs = {name: found for name, path in source.paths.items() if (found := source.hashes.settled(path))}
+        manifest.stamps = Stamps(theirs, own)
+        manifest.write(self._folder)

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from icexport.bundle.manifest import MANIFEST_NAME, Manifest
+from icexport.bundle.manifest import engine_keys
 from icexport.errors import BundleError
-from icexport.host.files import sha256
+from icexport.host.files import Hashes, Stamp
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,16 @@ class EngineStore:
     def _bundles(self) -> Path:
         return self.root / "bundles"
 
-    def fetch(self, key: str, target: Path, make: Callable[[Path], None]) -> bool:
+    def fetch(self, key: str, target: Path, make: Callable[[Path], None], hashes: Hashes | None = None) -> bool:
         """Put the engine of ``key`` into the folder ``target``; build it with ``make(folder)`` if it is not stored.
 
         Two builds of one key wait for each other, and the second one takes what the first one made.
+
+        Args:
+            key: of the engine.
+            target: a folder that is not there yet.
+            make: writes the engine's files into an empty folder.
+            hashes: of files that are known already; None: none are.
 
         Returns:
             Whether it was stored already.
@@ -82,16 +88,20 @@ class EngineStore:
         Raises:
             BundleError: the store cannot be written. Whatever ``make`` raises passes through and leaves no trace.
         """
-        if self._take(key, target):
+        hashes = hashes or Hashes()
+        if self._take(key, target, hashes):
             return True
         with self._locked(key):
-            if self._take(key, target):
+            if self._take(key, target, hashes):
                 return True
             with self._writing(key) as folder:
                 make(folder)
-                hashes = {p.name: sha256(p) for p in sorted(folder.iterdir())}
-                (folder / _HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-            self._take(key, target)
+                digests = {p.name: hashes(p) for p in sorted(folder.iterdir())}
+                (folder / _HASHES).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+            for name, digest in digests.items():  # they were renamed, not changed
+                path = self._engines / key / name
+                hashes.know(path, Stamp.of(path), digest)
+            self._take(key, target, hashes)
         return False
 
     def register(self, bundle: Path) -> None:
@@ -120,7 +130,7 @@ class EngineStore:
                 reason = "an interrupted build left it"
             elif key not in used:
                 reason = "no bundle refers to it"
-            elif not _intact(folder):
+            elif not _intact(folder, Hashes()):
                 reason = "damaged"
             else:
                 continue
@@ -140,12 +150,18 @@ class EngineStore:
         used: set[str] = set()
         for note in self._bundles.glob("*.txt"):
             bundle = Path(note.read_text(encoding="utf-8"))
-            if (bundle / MANIFEST_NAME).is_file():
+            try:
                 # A manifest that cannot be read is an error: its engines must not be taken for unused.
-                used |= Manifest.read(bundle).engines.keys()
-            elif not dry_run:
-                with self._writable():
-                    note.unlink(missing_ok=True)
+                used |= engine_keys(bundle)
+            except FileNotFoundError:
+                if not dry_run:
+                    with self._writable():
+                        note.unlink(missing_ok=True)
+            except OSError as error:
+                raise BundleError(
+                    f"{bundle} uses engines of {self.root}, but cannot be read ({error.strerror or error}), so that "
+                    f"nobody knows which. Ask whom it belongs to, or remove {note} if it is gone for good."
+                ) from error
         return used
 
     def _remove(self, folder: Path, key: str) -> bool:
@@ -159,18 +175,18 @@ class EngineStore:
         lock.unlink(missing_ok=True)
         return True
 
-    def _take(self, key: str, target: Path) -> bool:
+    def _take(self, key: str, target: Path, hashes: Hashes) -> bool:
         """Link or copy a stored engine to ``target``, if there is an intact one."""
         folder = self._engines / key
         if not folder.is_dir():
             return False
-        if not _intact(folder):
+        if not _intact(folder, hashes):
             logger.warning("The stored engine %s is damaged; it is built again", folder)
             return False
         target.mkdir(parents=True)
         for file in folder.iterdir():
             if file.name != _HASHES:
-                _link(file, target / file.name)
+                _link(file, target / file.name, hashes)
         return True
 
     def _lock(self, key: str) -> Path:
@@ -218,19 +234,21 @@ class EngineStore:
             ) from error
 
 
-def _intact(folder: Path) -> bool:
+def _intact(folder: Path, hashes: Hashes) -> bool:
     """Whether an entry has exactly the files that were stored, unchanged."""
     try:
-        hashes = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
-        found = {p.name: sha256(p) for p in folder.iterdir() if p.name != _HASHES}
+        expected = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
+        found = {p.name: hashes(p) for p in folder.iterdir() if p.name != _HASHES}
     except (OSError, ValueError):
         return False
-    return bool(found) and found == hashes
+    return bool(found) and found == expected
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: Path, target: Path, hashes: Hashes) -> None:
     """A second name for the same bytes, or a copy where the disk does not allow that."""
     try:
         target.hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
+    else:
+        hashes.know(target, Stamp.of(source), hashes(source))

@@ -3,88 +3,60 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from icexport.bundle.records import (
+    ConditionInfo,
+    EngineEntry,
+    GraphEntry,
+    Parity,
+    SourceInfo,
+    Stamps,
+    parity_from_json,
+)
 from icexport.errors import BundleError, DamagedBundleError, SchemaError, UsageError
 from icexport.graphs.profile import Profile
+from icexport.graphs.shapes import TensorInfo
+from icexport.host.files import Stamp
 
 MANIFEST_NAME = "icexport.json"
 PROBE_FOLDER = "probe"
 """Where a bundle keeps the weights of its probe, for kernels that no engine holds."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """1: the first. 2: engines say what they were built for, graphs have float32 islands and a twin with plugins, and
-profiles may list sizes. Bundles of version 1 are read as they are."""
-
-
-@dataclass(frozen=True)
-class GraphEntry:
-    """One ONNX graph of the bundle.
-
-    Attributes:
-        file: path in the bundle; the weights are in ``<file>.data`` where there are any.
-        inputs: name, dtype and shape of each input, shapes with symbols as in ``TensorSpec``.
-        outputs: likewise.
-        dtypes: number of weights of each element type, read back from the written file.
-        islands: what was moved to float32 in a graph of lower precision, with the evidence.
-        plugin_file: path of the same graph with plugins as custom nodes; None where there is none.
-    """
-
-    file: str
-    inputs: list[dict[str, Any]]
-    outputs: list[dict[str, Any]]
-    dtypes: dict[str, int]
-    islands: list[dict[str, Any]] = field(default_factory=list)
-    plugin_file: str | None = None
-
-
-@dataclass(frozen=True)
-class EngineEntry:
-    """One engine: a graph made ready for a backend.
-
-    Attributes:
-        graph: name of the graph.
-        backend: as in ``engines.BACKENDS``.
-        version: of the backend when it was built.
-        files: paths in the bundle that only this engine needs; empty where the backend runs the ONNX file itself.
-        device: what it was built for, e.g. ``sm_86+sm_89``; ``any`` if it does not matter.
-        report: what the builder told: seconds, memory, precision and plugins read back; empty if nothing was built.
-    """
-
-    graph: str
-    backend: str
-    version: str
-    files: list[str] = field(default_factory=list)
-    device: str = "any"
-    report: dict[str, Any] = field(default_factory=dict)
+profiles may list sizes. 3: shapes are in ``samples``, ``pictures``, ``rows`` and ``columns``; every engine says what
+it was made from, and files have stamps. Older bundles have to be built again."""
 
 
 @dataclass
 class Manifest:
-    """Everything that a bundle says of itself. Contract: design of the bundle on disk, schema version 1.
+    """Everything that a bundle says of itself.
 
     Attributes:
         key: hash of everything that the bundle was made from; equal keys mean equal bundles.
-        condition: name, value range, polarity, metric, unit and direction of the control map.
-        source: model, ControlNet and probe as given, with the SHA-256 of each of their files.
-        dtype: ``fp32`` or ``fp16``.
+        condition: what the control maps show.
+        source: the model that it was made from.
+        dtype: name of the precision.
         opset: ONNX opset of the graphs.
         profile: allowed pictures per call and sizes in pixels.
         graphs: by name.
-        configs: diffusers' and the probe's configs, by component.
+        configs: diffusers' and the probe's configs, by component; of the scheduler, too.
         engines: by engine key.
         files: SHA-256 of every file of the bundle but the manifest, by POSIX path.
         tolerances: of the parity gate.
-        parity: results of the parity gate by backend and graph; empty where it was skipped.
-        fidelity: results of the fidelity gate; None where it has not run.
+        parity: results of the parity gate; empty where it was skipped.
         versions: of icexport and of the libraries that made the bundle.
+        stamps: by which unchanged files are known without reading them.
+        fidelity: results of the fidelity gate; None where it has not run.
     """
 
     key: str
-    condition: dict[str, Any]
-    source: dict[str, Any]
+    condition: ConditionInfo
+    source: SourceInfo
     dtype: str
     opset: int
     profile: Profile
@@ -93,10 +65,16 @@ class Manifest:
     engines: dict[str, EngineEntry]
     files: dict[str, str]
     tolerances: dict[str, float]
-    parity: dict[str, Any]
+    parity: Parity
     versions: dict[str, str]
+    stamps: Stamps = field(default_factory=lambda: Stamps({}, {}))
     fidelity: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def train_timesteps(self) -> int:
+        """Number of timesteps of the noise schedule that the model was trained with."""
+        return int(self.configs["scheduler"].get("num_train_timesteps", 1000))
 
     def write(self, folder: Path) -> None:
         """Write ``icexport.json`` into ``folder``."""
@@ -108,39 +86,35 @@ class Manifest:
 
         Raises:
             BundleError: there is no bundle in ``folder``.
-            SchemaError: a newer schema version, a missing field, or a path that leaves the folder.
+            SchemaError: another schema version, a missing field, or a path that leaves the folder.
             DamagedBundleError: the manifest is not JSON.
         """
         path = folder / MANIFEST_NAME
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = _parsed(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BundleError(
                 f"{folder} is not a bundle: it has no {MANIFEST_NAME}. Make one with: icexport build --cond canny "
                 f"--output {folder}"
             ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DamagedBundleError(f"{path} is damaged: {error}. Build the bundle again.") from error
+        _check_version(data, path)
         return cls._from_json(data, path)
 
     @classmethod
-    def _from_json(cls, data: Any, path: Path) -> Manifest:
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if type(version) is not int:
-            raise SchemaError(f"{path} has no schema_version: it is not a manifest of icexport.")
-        if version > SCHEMA_VERSION:
-            raise SchemaError(
-                f"{path} has schema version {version}; this icexport reads up to {SCHEMA_VERSION}. Upgrade icexport."
-            )
+    def _from_json(cls, data: dict[str, Any], path: Path) -> Manifest:
         known = {f.name for f in fields(cls)}
         missing = sorted(known - data.keys())
         if missing:
             raise SchemaError(f"{path} lacks: {', '.join(missing)}. Build the bundle again.")
         try:
             values = {name: data[name] for name in known}
+            values["condition"] = _condition(values["condition"])
+            values["source"] = SourceInfo(**values["source"])
             values["profile"] = Profile.from_json(values["profile"])
-            values["graphs"] = {n: GraphEntry(**g) for n, g in values["graphs"].items()}
+            values["graphs"] = {n: _graph(g) for n, g in values["graphs"].items()}
             values["engines"] = {n: EngineEntry(**e) for n, e in values["engines"].items()}
+            values["parity"] = parity_from_json(values["parity"])
+            values["stamps"] = _stamps(values["stamps"])
             manifest = cls(**values)
             used = [f for g in manifest.graphs.values() for f in (g.file, g.plugin_file) if f is not None]
             used += [f for e in manifest.engines.values() for f in e.files]
@@ -151,6 +125,103 @@ class Manifest:
         if unlisted:
             raise SchemaError(f"{path} uses files without a hash: {', '.join(unlisted)}. Build the bundle again.")
         return manifest
+
+    def rebuild_command(self, folder: Path, backends: Iterable[str]) -> str:
+        """The command that builds this bundle's engines again, for these backends, on the machine where it runs."""
+        return rebuild_command(asdict(self), folder, backends)
+
+
+def engine_keys(folder: Path) -> set[str]:
+    """Keys of the engines of a bundle of any schema version up to this one.
+
+    Raises:
+        OSError: the manifest is not there, or cannot be read.
+        SchemaError: it is of a newer schema version, or no manifest.
+        DamagedBundleError: it is not JSON.
+    """
+    path = folder / MANIFEST_NAME
+    data = _parsed(path)
+    version = _version(data, path)
+    engines = data.get("engines") if version <= SCHEMA_VERSION else None
+    if not isinstance(engines, dict):
+        raise SchemaError(f"{path} does not say which engines it uses. Build the bundle again, or remove it.")
+    return set(engines)
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedBundleError(f"{path} is damaged: {error}. Build the bundle again.") from error
+
+
+def _version(data: Any, path: Path) -> int:
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if type(version) is not int:
+        raise SchemaError(f"{path} has no schema_version: it is not a manifest of icexport.")
+    if version > SCHEMA_VERSION:
+        raise SchemaError(
+            f"{path} has schema version {version}; this icexport reads up to {SCHEMA_VERSION}. Upgrade icexport."
+        )
+    return version
+
+
+def _check_version(data: Any, path: Path) -> None:
+    version = _version(data, path)
+    if version < SCHEMA_VERSION:
+        try:
+            backends = dict.fromkeys(engine["backend"] for engine in data["engines"].values())
+            command = rebuild_command(data, path.parent, backends)
+        except (AttributeError, KeyError, TypeError, UsageError):  # damaged, too
+            command = f"icexport build --output {path.parent}, with the options of then"
+        raise SchemaError(
+            f"{path} has schema version {version}, from an older icexport; this one reads {SCHEMA_VERSION}. Build the "
+            f"bundle again: {command}"
+        )
+
+
+def rebuild_command(data: Mapping[str, Any], folder: Path, backends: Iterable[str]) -> str:
+    """The command that builds a bundle again.
+
+    Args:
+        data: its manifest as JSON, of any schema version.
+        folder: where it lies.
+        backends: to build for.
+    """
+    source, profile = data["source"], Profile.from_json(data["profile"])
+    sizes = [("--shape", f"{h}x{w}") for h, w in profile.shapes] or [
+        ("--height", str(profile.height)),
+        ("--width", str(profile.width)),
+    ]
+    options = [
+        ("--cond", data["condition"]["name"]),
+        ("--model", source["model"]),
+        *((f"--{part}", source[part]) for part in ("controlnet", "probe") if source[part]),
+        *(("--backend", backend) for backend in backends),
+        ("--dtype", data["dtype"]),
+        *sizes,
+        ("--batch-size", str(profile.batch)),
+        ("--output", str(folder)),
+    ]
+    return shlex.join(["icexport", "build", *(word for option in options for word in option)])
+
+
+def _condition(data: Mapping[str, Any]) -> ConditionInfo:
+    low, high = data["value_range"]
+    return ConditionInfo(**{**data, "value_range": (low, high)})
+
+
+def _graph(data: Mapping[str, Any]) -> GraphEntry:
+    sides = {
+        side: tuple(TensorInfo(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in data[side])
+        for side in ("inputs", "outputs")
+    }
+    return GraphEntry(**{**data, **sides, "plugins": tuple(data["plugins"])})
+
+
+def _stamps(data: Mapping[str, Any]) -> Stamps:
+    source, files = ({name: Stamp(**stamp) for name, stamp in data[part].items()} for part in ("source", "files"))
+    return Stamps(source, files)
 
 
 def check_paths(paths: Iterable[str], origin: Path) -> None:
@@ -168,41 +239,3 @@ def check_paths(paths: Iterable[str], origin: Path) -> None:
         raise SchemaError(
             f"{origin} names paths outside the bundle: {', '.join(map(repr, bad))}. Do not use this bundle."
         )
-
-
-def key_parts(
-    *,
-    graph_hash: str,
-    weights_hash: str,
-    profile: Profile,
-    dtype: str,
-    backend: str,
-    version: str,
-    device: str,
-    kernels: str = "",
-    options: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Everything that could change what an engine computes; its digest is the engine's key, its content address.
-
-    Args:
-        graph_hash: SHA-256 of the ``.onnx`` file.
-        weights_hash: SHA-256 of its ``.data`` file; two ControlNets of one architecture differ only here.
-        profile: sizes that the engine is built for.
-        dtype: of the graph.
-        backend: and ``version``: what builds and runs it.
-        version: see ``backend``.
-        device: ``any``, or the compute capabilities or the GPU that the engine is built for.
-        kernels: hash of the custom kernels inside, empty for none.
-        options: of the builder.
-    """
-    return {
-        "graph": graph_hash,
-        "weights": weights_hash,
-        "profile": profile.to_json(),
-        "dtype": dtype,
-        "backend": backend,
-        "version": version,
-        "device": device,
-        "kernels": kernels,
-        "options": dict(options or {}),
-    }

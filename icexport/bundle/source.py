@@ -19,9 +19,9 @@ def recorded_source(bundle: Bundle, model: str | None = None) -> ModelSource:
     """
     recorded = bundle.manifest.source
     source = ModelSource.find(
-        bundle.manifest.condition["name"], model or recorded["model"], recorded["controlnet"], recorded["probe"]
+        bundle.manifest.condition.name, model or recorded.model, recorded.controlnet, recorded.probe
     )
-    changed = sorted(n for n in {*source.files, *recorded["files"]} if source.files.get(n) != recorded["files"].get(n))
+    changed = sorted(n for n in {*source.files, *recorded.files} if source.files.get(n) != recorded.files.get(n))
     if changed:
         raise CheckpointError(
             f"The model at {source.base} is not the one that {bundle.path} was made from; different: "

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from icexport.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest
+from icexport.bundle.manifest import MANIFEST_NAME, Manifest
+from icexport.bundle.records import GraphEntry
 from icexport.errors import BundleError, DamagedBundleError
-from icexport.host.files import sha256
+from icexport.host.files import Hashes
 
 if TYPE_CHECKING:
     from icexport.conditions import Condition
@@ -28,18 +29,20 @@ class Bundle:
 
     Args:
         path: the folder.
+        hashes: of files that are known already.
 
     Raises:
         BundleError: see ``Manifest.read``. Files are hashed when they are used, not here.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, hashes: Hashes | None = None) -> None:
         self.path = Path(path)
+        self.hashes = hashes or Hashes()
         _recover(self.path.resolve())
         self.manifest = Manifest.read(self.path)
 
     def __repr__(self) -> str:
-        condition, key = self.manifest.condition["name"], self.manifest.key[:12]
+        condition, key = self.manifest.condition.name, self.manifest.key[:12]
         return f"Bundle({str(self.path)!r}, condition={condition!r}, key={key!r})"
 
     def graph(self, name: str) -> GraphEntry:
@@ -67,7 +70,7 @@ class Bundle:
         from icexport import conditions  # imports torch, which reading a manifest does without
 
         manifest = self.manifest
-        return conditions.of_model(manifest.condition["name"], str(manifest.source["model"]), **options)
+        return conditions.of_model(manifest.condition.name, manifest.source.model, **options)
 
     def file(self, name: str) -> Path:
         """Path of one file, after checking its hash.
@@ -117,7 +120,7 @@ class Bundle:
                 problems.append(f"{name} was added")
                 continue
             try:
-                if sha256(self.path / name) != self.manifest.files[name]:
+                if self.hashes(self.path / name) != self.manifest.files[name]:
                     problems.append(f"{name} was changed")
             except OSError as error:
                 problems.append(f"{name} cannot be read ({error.strerror or error})")
@@ -125,10 +128,10 @@ class Bundle:
             raise DamagedBundleError(f"The bundle {self.path} is damaged: {'; '.join(problems)}. Build it again.")
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below ``folder`` but the manifest, by POSIX path."""
+def files_of(folder: Path) -> dict[str, Path]:
+    """Every file below ``folder`` but the manifest, by POSIX path."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
-    return {p.relative_to(folder).as_posix(): sha256(p) for p in paths}
+    return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from icexport.backends import table
 from icexport.cli.console import Steps, emit, show
-from icexport.cli.options import Backends, EngineStore, Json
+from icexport.cli.options import Backends, Dtype, EngineStore, Json
 from icexport.cli.summary import engine_rows, graph_rows, parity_rows
 from icexport.errors import UsageError
 
@@ -32,7 +33,6 @@ _Probe = Annotated[
         "--probe", metavar="DIR|HUB_ID|none", help="Probe, or none.  [default: probe-<cond> in the model's folder]"
     ),
 ]
-_Dtype = Annotated[Literal["fp32", "fp16", "bf16"], typer.Option("--dtype", help="Precision of the graphs.")]
 _Height = Annotated[
     str | None,
     typer.Option("--height", metavar="PX", help="Pixels, or min:opt:max.  [default: the model's own size]"),
@@ -88,7 +88,7 @@ def build(
     controlnet: _ControlNet = None,
     probe: _Probe = None,
     backend: Backends = None,
-    dtype: _Dtype = "fp32",
+    dtype: Dtype = "fp32",
     height: _Height = None,
     width: _Width = None,
     batch_size: _BatchSize = None,
@@ -103,6 +103,9 @@ def build(
     engine_store: EngineStore = None,
     output: _Output = None,
     force: _Force = False,
+    check_hashes: Annotated[
+        bool, typer.Option("--check-hashes", help="Read every file before an identical bundle is kept.")
+    ] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -119,7 +122,18 @@ def build(
         "plugins": not no_plugins,
         "engine_store": engine_store,
     }
-    _build(cond, output, Path("builds"), as_json, **options, **sizes, **plans, force=force, verify=not no_verify)
+    _build(
+        cond,
+        output,
+        Path("builds"),
+        as_json,
+        **options,
+        **sizes,
+        **plans,
+        force=force,
+        check_hashes=check_hashes,
+        verify=not no_verify,
+    )
 
 
 def export(
@@ -127,7 +141,7 @@ def export(
     model: _Model = "reference",
     controlnet: _ControlNet = None,
     probe: _Probe = None,
-    dtype: _Dtype = "fp32",
+    dtype: Dtype = "fp32",
     height: _Height = None,
     width: _Width = None,
     batch_size: _BatchSize = None,
@@ -141,7 +155,8 @@ def export(
 
     The first half of build, without its parity gate.
     """
-    backend = () if dtype == "bf16" else "onnxruntime"  # which runs the graphs as they are, but not in bfloat16
+    runs = table.get("onnxruntime").dtypes or ()  # it runs the graphs as they are, but not in every precision
+    backend = "onnxruntime" if dtype in runs else ()
     options = {"model": model, "controlnet": controlnet, "probe": probe, "backend": backend, "dtype": dtype}
     sizes = {"height": height, "width": width, "batch_size": batch_size, "shapes": shape or (), "opset": opset}
     _build(cond, output, Path("exports"), as_json, **options, **sizes, force=force, verify=False)

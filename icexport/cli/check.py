@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from engines import registry
+from icexport.backends import table
+from icexport.bundle.records import parity_from_json
 from icexport.cli.console import Steps, emit, say, show
 from icexport.cli.options import Backends, BundlePath, Device, Json
 from icexport.cli.summary import parity_rows
 from icexport.errors import IcexportError, ParityError
+from icexport.host.versions import __version__, version_of
 
 _NEEDED = ("cv2", "diffusers", "huggingface_hub", "numpy", "onnx", "onnxruntime", "onnxscript", "PIL", "torch")
 _PACKAGES = (
@@ -65,7 +66,7 @@ def verify(
     if as_json:
         emit({"bundle": str(bundle), "passed": failure is None, "parity": results})
     else:
-        show({"bundle": str(bundle), "passed": failure is None, "parity": parity_rows(results)})
+        show({"bundle": str(bundle), "passed": failure is None, "parity": parity_rows(parity_from_json(results))})
     if failure is not None:
         raise failure
 
@@ -75,11 +76,10 @@ def doctor(as_json: Json = False) -> None:
 
     What is installed, which devices and backends can be used, and how to fix what cannot.
     """
-    from icexport import __version__
     from icexport.reference import reference_path
 
     backends = _backends()
-    packages = {name: _version(name) for name in _PACKAGES}
+    packages = {name: version_of(name) for name in _PACKAGES}
     problems = _problems(backends)
     document = {
         "icexport": __version__,
@@ -102,17 +102,10 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _backends() -> list[dict[str, Any]]:
     rows = []
-    for name in registry.BACKENDS:
-        found = registry.check(name)
+    for name, backend in table.BACKENDS.items():
+        found = backend.check()
         row = {"backend": name, "usable": found.usable, "builds": found.builds, "version": found.version}
         row["devices"] = list(found.devices)
         rows.append({**row, "missing": found.reason, "fix": found.fix})

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -15,6 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from icexport.host.files import finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,15 +40,7 @@ def say(text: str) -> None:
 
 def emit(document: Any) -> None:
     """The one JSON document of ``--json``, to stdout; NaN and infinite, which JSON lacks, become null."""
-    typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    typer.echo(json.dumps(finite(document), indent=2, allow_nan=False))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

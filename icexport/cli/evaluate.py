@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from icexport.cli.console import Steps, emit, show
-from icexport.cli.options import Backend, Device, Json
+from icexport.cli.options import Backend, Device, Dtype, Json
 from icexport.errors import IcexportError, UsageError
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures in one call.")] = 4,
     backend: Backend = "auto",
     device: Device = None,
-    dtype: Annotated[
-        Literal["fp32", "fp16", "bf16"], typer.Option("--dtype", help="Precision of --model; a bundle has its own.")
-    ] = "fp32",
+    dtype: Dtype = "fp32",
     depth_model: Annotated[
         str | None,
         typer.Option("--depth-model", metavar="DIR|HUB_ID", help="Reads depth; the paper's is Intel/dpt-large."),

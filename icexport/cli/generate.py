@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +16,7 @@ from icexport.errors import FidelityError, UsageError
 if TYPE_CHECKING:
     from icexport.bundle.store import Bundle
     from icexport.fidelity.report import FidelityReport
+    from icexport.runtime.pipeline import InnerControlPipeline
 
 _MAX_SEED = 2**63 - 1
 _MAX_PICTURES = 10_000
@@ -95,24 +98,36 @@ def generate(
     opened = Bundle(bundle)
     height, width = _size(opened, height, width)
     silence_libraries()  # before the next imports, which warn
-    from icexport.host.pictures import save_png
-    from icexport.runtime.drawing import batches, control_picture, draw, load
+    from icexport.conditions.maps import extracted_map, ready_map
+    from icexport.host.pictures import save_png, to_image, to_pixels
+    from icexport.runtime.drawing import Request, draw_calls, joined
 
-    sizes = batches(opened, num_images)
     given = {"low_threshold": low_threshold, "high_threshold": high_threshold}
     thresholds = {name: value for name, value in given.items() if value is not None}
-    control = control_picture(opened, source, image is None, (width, height), fit, thresholds)
+    control = (
+        ready_map(source, (width, height), fit, thresholds)
+        if image is None
+        else extracted_map(opened.condition(**thresholds), image, (width, height), fit)
+    )
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    condition = opened.manifest.condition["name"]
+    condition = opened.manifest.condition.name
     if save_control_map is not None:
         save_control_map.parent.mkdir(parents=True, exist_ok=True)
         save_png(control, save_control_map, {"condition": condition})
 
-    pipe = load(opened, backend, device, scheduler)
+    pipe = _load(opened, backend, device, scheduler)
     pipe.condition = pipe.condition.with_options(**thresholds)  # the score reads pictures as the map was read
+    request = Request(
+        prompt,
+        range(seed, seed + num_images),
+        negative_prompt=negative_prompt or "",
+        steps=steps,
+        guidance_scale=guidance_scale,
+        controlnet_scale=controlnet_scale,
+    )
     settings = {
         "prompt": prompt,
-        "negative_prompt": negative_prompt or "",
+        "negative_prompt": request.negative_prompt,
         "steps": steps,
         "guidance_scale": guidance_scale,
         "controlnet_scale": controlnet_scale,
@@ -123,19 +138,37 @@ def generate(
         "condition": condition,
         "bundle_key": opened.manifest.key,
     }
-    images, report = draw(pipe, control, seed, sizes, settings)
-    rows = []
-    for i, (path, picture) in enumerate(zip(paths, images, strict=True)):
-        errors = [step.errors[i] for step in report.steps]
-        found = {"seed": seed + i, "score": (report.scores or [])[i], "probe_errors": errors}
-        save_png(picture, path, {**settings, **found, "metric": report.metric, "unit": report.unit})
-        rows.append({"picture": str(path), **found})
+    rows: list[dict[str, Any]] = []
+    reports: list[FidelityReport] = []
+    calls = opened.manifest.profile.batch
+    for drawn in draw_calls(pipe, to_pixels(control), request, calls=calls, check_fidelity=True):
+        reports.append(part := drawn.checked)
+        for i, picture in enumerate(drawn.pictures):  # written at once: what is drawn is not lost
+            path = paths[len(rows)]
+            errors = [step.errors[i] for step in part.steps]
+            found = {"seed": seed + len(rows), "score": (part.scores or [])[i], "probe_errors": errors}
+            save_png(to_image(picture), path, {**settings, **found, "metric": part.metric, "unit": part.unit})
+            rows.append({"picture": str(path), **found})
+    report = joined(reports)
     if as_json:
         emit({"bundle": str(bundle), "settings": settings, "pictures": rows, "fidelity": report.to_json()})
     else:
         _print(rows, report)
     if not report:
         raise FidelityError("The pictures or the probe's readings hold NaN or infinite values: do not use them.")
+
+
+def _load(bundle: Bundle, backend: str, device: str | None, scheduler: str | None) -> InnerControlPipeline:
+    """The pipeline with the bundle's or a named scheduler, and a bar on a terminal."""
+    from icexport.runtime.pipeline import InnerControlPipeline
+    from icexport.runtime.schedulers import choose_scheduler
+
+    pipe = InnerControlPipeline.from_pretrained(bundle, backend=backend, device=device)
+    if scheduler is not None:
+        pipe.scheduler = choose_scheduler(scheduler, pipe.scheduler)
+    hidden = not sys.stderr.isatty() or not logging.getLogger("icexport").isEnabledFor(logging.INFO)
+    pipe.set_progress_bar_config(disable=hidden, leave=False)
+    return pipe
 
 
 def numbered(path: Path, count: int) -> list[Path]:

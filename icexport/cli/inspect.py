@@ -87,9 +87,11 @@ def _bundle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "path": str(path),
         "intact": True,
         "key": manifest.key,
-        "condition": manifest.condition["name"],
-        "metric": f"{manifest.condition['metric']} [{manifest.condition['unit']}]",
-        "source": {part: manifest.source[part] or "beside the model" for part in ("model", "controlnet", "probe")},
+        "condition": manifest.condition.name,
+        "metric": f"{manifest.condition.metric} [{manifest.condition.unit}]",
+        "source": {
+            part: getattr(manifest.source, part) or "beside the model" for part in ("model", "controlnet", "probe")
+        },
         "dtype": manifest.dtype,
         "opset": manifest.opset,
         "sizes": {axis: str(getattr(manifest.profile, axis)) for axis in ("batch", "height", "width")},
@@ -107,15 +109,14 @@ def _bundle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _runs_here(bundle: Bundle, key: str) -> str:
     """``yes``, or why the engine cannot run on this machine."""
-    from engines import registry
+    from icexport.backends import table
     from icexport.backends.engines import default_device
-    from icexport.backends.tensorrt import refusal
 
     entry = bundle.manifest.engines[key]
-    state = registry.check(entry.backend)
-    if not state.usable:
+    backend = table.get(entry.backend)
+    if not (state := backend.check()).usable:
         return f"no: {state.reason}"
-    reason = refusal(bundle, key, entry, default_device(bundle, entry.backend)) if entry.report else ""
+    reason = backend.refusal(bundle, key, entry, default_device(bundle, entry.backend))
     return f"no: {reason}" if reason else "yes"
 
 

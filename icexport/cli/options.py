@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from engines.registry import BACKENDS
+from icexport.backends.table import BACKENDS
+from icexport.models.precision import PRECISIONS
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
@@ -33,6 +34,12 @@ def _device(name: str | None) -> str | None:
     return name
 
 
+def _dtype(name: str) -> str:
+    if name not in PRECISIONS:
+        raise typer.BadParameter(f"{name}: choose from {', '.join(PRECISIONS)}.")
+    return name
+
+
 _BACKEND_NAMES = "; ".join(f"{backend.name}: {backend.summary}" for backend in BACKENDS.values())
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
@@ -44,6 +51,10 @@ Backends = Annotated[
 Backend = Annotated[
     str,
     typer.Option("--backend", metavar="NAME", callback=_backend, help="auto, or one that the bundle is built for."),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", metavar="|".join(PRECISIONS), callback=_dtype, help="Precision of the graphs."),
 ]
 Device = Annotated[
     str | None,

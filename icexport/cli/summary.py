@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icexport.bundle.records import Parity, ParityResult
     from icexport.bundle.store import Bundle
 
 
@@ -14,7 +16,7 @@ def graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
     for name, entry in bundle.manifest.graphs.items():
         files = [bundle.path / f for f in bundle.manifest.files if f in (entry.file, f"{entry.file}.data")]
         size = sum(file.stat().st_size for file in files)
-        inputs, outputs = ([spec["name"] for spec in side] for side in (entry.inputs, entry.outputs))
+        inputs, outputs = ([tensor.name for tensor in side] for side in (entry.inputs, entry.outputs))
         weights = {
             kind: count for kind, count in entry.dtypes.items() if kind.startswith(("float", "double", "bfloat"))
         }
@@ -22,7 +24,7 @@ def graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
     return rows
 
 
-def parity_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+def parity_rows(results: Parity) -> list[dict[str, Any]]:
     """The worst output of each graph on each backend, from the results of the parity gate.
 
     A backend whose engines could not run where the gate ran has one row, with ``passed`` None.
@@ -33,19 +35,23 @@ def parity_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             columns = ("worst_output", "relative_error", "allowed_error", "cosine", "passed")
             rows.append({"backend": backend, "graph": "not run: no device", **dict.fromkeys(columns)})
         for graph, outputs in graphs.items():
-            name, worst = max(outputs.items(), key=lambda item: (not item[1]["passed"], item[1]["relative_error"]))
+            name, worst = max(outputs.items(), key=lambda item: (not item[1].passed, _error(item[1])))
             rows.append(
                 {
                     "backend": backend,
                     "graph": graph,
                     "worst_output": name,
-                    "relative_error": worst["relative_error"],
-                    "allowed_error": worst["allowed_error"],
-                    "cosine": min(output["cosine"] for output in outputs.values()),
-                    "passed": all(output["passed"] for output in outputs.values()),
+                    "relative_error": worst.relative_error,
+                    "allowed_error": worst.allowed_error,
+                    "cosine": min(output.cosine for output in outputs.values()),
+                    "passed": all(output.passed for output in outputs.values()),
                 }
             )
     return rows
+
+
+def _error(output: ParityResult) -> float:
+    return math.inf if output.relative_error is None else output.relative_error
 
 
 def engine_rows(bundle: Bundle) -> list[dict[str, Any]]:

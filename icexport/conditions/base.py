@@ -38,7 +38,7 @@ class Condition(ABC):
         """What a bundle's manifest records of the condition."""
         return {
             "name": self.name,
-            "value_range": list(self.value_range),
+            "value_range": self.value_range,
             "polarity": self.polarity,
             "metric": self.metric,
             "unit": self.unit,

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import Dim
@@ -13,8 +14,9 @@ from torch.export import Dim
 from engines.base import TensorSpec
 from icexport.errors import ExportError
 from icexport.export import DEFAULT_OPSET
-from icexport.graphs.graph import _SHAPE, Graph, example_inputs
+from icexport.graphs.graph import Graph, example_inputs
 from icexport.graphs.profile import SizeRange
+from icexport.graphs.shapes import size_of, symbol_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +67,12 @@ def export_graph(graph: Graph, path: Path, symbols: Mapping[str, SizeRange], ops
     program.save(path, external_data=True)
 
 
-def _dynamic_shape(spec: TensorSpec, dims: Mapping[str, object]) -> dict[int, object]:
+def _dynamic_shape(spec: TensorSpec, dims: Mapping[str, Any]) -> dict[int, Any]:
+    """The free axes of one input, as torch.export takes them."""
     found = {}
     for axis, dimension in enumerate(spec.shape):
-        match = _SHAPE.fullmatch(dimension) if isinstance(dimension, str) else None
-        if match and match[2] in dims:
-            found[axis] = int(match[1]) * dims[match[2]] if match[1] else dims[match[2]]  # type: ignore[operator]
+        if isinstance(dimension, str) and symbol_of(dimension) in dims:
+            found[axis] = size_of(dimension, dims)
     return found
 
 

@@ -163,10 +163,10 @@ def export_plugin_graph(
         raise ExportError(f"Only the probe's graph has kernels, got {graph.name!r}. Build the others without plugins.")
     if opset < _OLDEST_OPSET:
         raise ExportError(f"Plugins need opset {_OLDEST_OPSET} or later, got {opset}. Pass --opset {_OLDEST_OPSET}.")
-    free = [f"{name} is {symbols[name]}" for name in "hw" if not symbols[name].fixed]
+    free = [f"{name} are {symbols[name]}" for name in ("rows", "columns") if not symbols[name].fixed]
     if free:
         raise ExportError(
-            f"Plugins need one height and one width, but {', '.join(free)} cells. "
+            f"Plugins need one height and one width, but {', '.join(free)} steps of the latent's multiple. "
             "Build one bundle a size, or build with --no-plugins."
         )
     probe = graph.module.probe

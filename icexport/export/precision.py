@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 
 from icexport.errors import ExportError
+from icexport.models.precision import Precision
 
 FP32_ISLANDS = {
     "timestep sinusoids": "float16 cannot hold 999 times the smallest frequency exactly enough; cast after them",
@@ -23,7 +24,6 @@ FP32_ISLANDS = {
 """Parts of every fp16 or bf16 graph that compute in float32, each with its reason."""
 
 _FLOATS = ("bfloat16", "double", "float", "float16")
-_ONNX_FLOATS = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 
 WIDE = ".fp32"
 """Suffix of the float32 twin of a float16 value or weight, in the islands that ``icexport.builder.mixed`` makes."""
@@ -32,8 +32,8 @@ _ISLAND_ELEMENTS = 4096
 """A constant of another float type above this size is a weight that was left behind, not an island's table."""
 
 
-def read_precision(path: Path, dtype: str) -> dict[str, int]:
-    """Number of weights of each element type in an ONNX file, after checking them against ``dtype``.
+def read_precision(path: Path, expected: Precision) -> dict[str, int]:
+    """Number of weights of each element type in an ONNX file, after checking them against what was asked for.
 
     Raises:
         ExportError: the file holds weights of another float type that belong to no island, or normalises with
@@ -46,8 +46,8 @@ def read_precision(path: Path, dtype: str) -> dict[str, int]:
         name = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
         elements = math.prod(tensor.dims)
         counts[name] += elements
-        in_island = dtype == "fp16" and name == "float" and tensor.name.endswith(WIDE)
-        if name in _FLOATS and name != _ONNX_FLOATS[dtype] and elements > _ISLAND_ELEMENTS and not in_island:
+        in_island = expected.overflows and name == "float" and tensor.name.endswith(WIDE)
+        if name in _FLOATS and name != expected.onnx_name and elements > _ISLAND_ELEMENTS and not in_island:
             strays.append(f"{tensor.name} ({name}, {elements} elements)")
     for node in model.graph.node:
         if node.op_type in ("GroupNormalization", "LayerNormalization"):
@@ -55,5 +55,5 @@ def read_precision(path: Path, dtype: str) -> dict[str, int]:
             if stash != onnx.TensorProto.FLOAT:
                 strays.append(f"{node.name}: {node.op_type} keeps statistics in type {stash}")
     if strays:
-        raise ExportError(f"{path.name} is not the {dtype} graph that was asked for: {'; '.join(strays)}.")
+        raise ExportError(f"{path.name} is not the {expected.name} graph that was asked for: {'; '.join(strays)}.")
     return dict(sorted(counts.items()))

@@ -12,7 +12,7 @@ from engines.base import Engine
 from icexport.errors import UsageError
 from icexport.fidelity.normalise import control_target, normalise
 from icexport.fidelity.report import StepReading
-from icexport.models.probe import Normaliser
+from icexport.models.probe import ProbeConfig
 
 
 class FidelityMonitor:
@@ -20,10 +20,8 @@ class FidelityMonitor:
 
     Args:
         probe: the probe's engine.
-        taps: how many taps it reads.
+        config: the probe's: which taps it reads, and what its readings mean.
         control_maps: ``[b,3,H,W]`` in [0,1], one for each picture.
-        control_range: of the probe.
-        normaliser: of the probe.
         steps: 0-based UNet calls to read; None: every one.
         kernels: sum up with ``torch.ops.icexport.fidelity_reduce``, which makes no map of the control map's size.
     """
@@ -31,19 +29,17 @@ class FidelityMonitor:
     def __init__(
         self,
         probe: Engine,
-        taps: int,
+        config: ProbeConfig,
         control_maps: Tensor,
-        control_range: tuple[float, float],
-        normaliser: Normaliser,
         steps: Collection[int] | None = None,
         kernels: bool = False,
     ) -> None:
         self._probe = probe
-        self._taps = [f"tap_{i}" for i in range(taps)]
-        target, _ = control_target(control_maps.to(probe.device, torch.float32), normaliser)
+        self._config = config
+        self._taps = [f"tap_{i}" for i in range(len(config.dims))]
+        self._embedding = [] if config.time_embed_dim is None else ["time_embedding"]
+        target, _ = control_target(control_maps.to(probe.device, torch.float32), config.normaliser)
         self._control = target.expand(-1, 3, -1, -1).contiguous()  # three channels, as the kernel takes them
-        self._range = control_range
-        self._normaliser = normaliser
         self._steps = steps
         self._mean_error = self._reduce if kernels else self._mean
         self._calls = 0
@@ -52,15 +48,23 @@ class FidelityMonitor:
         self._times: list[Tensor] = []
         self._last: Tensor | None = None
 
+    def next_call(self) -> list[str]:
+        """Names of the UNet's outputs to read at its next call: the taps and the time embedding, or none."""
+        index, self._calls = self._calls, self._calls + 1
+        return [*self._taps, *self._embedding] if self._steps is None or index in self._steps else []
+
     def __call__(self, timestep: Tensor, outputs: dict[str, Tensor]) -> None:
-        """Read one UNet call's taps: of the last samples, because with guidance the unconditional half comes first.
+        """Read the taps of the call that ``next_call`` was asked about.
+
+        Of the last samples, because with guidance the unconditional half comes first.
+
+        Args:
+            timestep: scalar.
+            outputs: taps ``[B,C,h,w]``, B being as many as the control maps, or twice that; time embedding ``[1,E]``.
 
         Raises:
             UsageError: the batch does not match the control maps.
         """
-        index, self._calls = self._calls, self._calls + 1
-        if self._steps is not None and index not in self._steps:
-            return
         batch, samples = len(self._control), len(outputs[self._taps[0]])
         if samples not in (batch, 2 * batch):
             raise UsageError(
@@ -68,11 +72,10 @@ class FidelityMonitor:
                 f"{2 * batch} samples expected). Check what callback_on_step_end returns."
             )
         inputs = {name: outputs[name][-batch:] for name in self._taps}
-        if any(spec.name == "time_embedding" for spec in self._probe.inputs):
-            inputs["time_embedding"] = outputs["time_embedding"]
+        inputs |= {name: outputs[name] for name in self._embedding}
         reading = self._probe(inputs)["reading"]
-        self._last = normalise(reading, self._range, self._normaliser)
-        self._indices.append(index)
+        self._last = normalise(reading, self._config.control_range, self._config.normaliser)
+        self._indices.append(self._calls - 1)
         self._times.append(timestep)
         self._errors.append(self._mean_error(self._last))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,13 @@ class FidelityReport:
         """The verdict. Without a calibration there is no threshold to miss: only a NaN or infinite value fails."""
         values = [*(self.scores or []), *(error for step in self.steps for error in step.errors)]
         return all(math.isfinite(value) for value in values)
+
+    def first(self, count: int) -> FidelityReport:
+        """The report of the first so many pictures."""
+        steps = [replace(step, errors=step.errors[:count]) for step in self.steps]
+        scores = None if self.scores is None else self.scores[:count]
+        heat_map = None if self.heat_map is None else self.heat_map[:count]
+        return replace(self, scores=scores, steps=steps, heat_map=heat_map)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary without the heat map."""

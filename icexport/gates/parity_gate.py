@@ -6,24 +6,25 @@ import functools
 import gc
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 
-from engines import registry
 from engines.base import Engine
 from engines.onnxruntime import OnnxRuntimeEngine
+from icexport.backends import table
 from icexport.backends.engines import load_engine
+from icexport.bundle.records import Parity, ParityResult, parity_json
 from icexport.bundle.store import Bundle
 from icexport.errors import ParityError
 from icexport.export.plugins import inline_plugins
 from icexport.graphs.graph import Graph, specs
 from icexport.graphs.split import split
-from icexport.models.dtypes import torch_dtype
 from icexport.models.loading import ModelSource
+from icexport.models.precision import REFERENCE, precision
 from icexport.models.sizes import size_multiple
 from icexport.parity.bisect import first_bad_layer
 from icexport.parity.cases import Case, cases
@@ -47,7 +48,7 @@ def parity_gate(
     backends: Sequence[str],
     progress: Callable[[str], None],
     device: str | None = None,
-) -> dict[str, Any]:
+) -> Parity:
     """Compare every graph of every backend with PyTorch in float32; see ``icexport.parity.compare``.
 
     Plans for a device that this machine does not have cannot run here. Their own results stay empty, and the graphs
@@ -64,14 +65,14 @@ def parity_gate(
         ParityError: naming each failed output, the worst case, and the first layer that went wrong.
     """
     manifest = bundle.manifest
-    dtype, multiple = manifest.dtype, size_multiple(manifest.configs["unet"], manifest.configs["vae"])
+    dtype, multiple = precision(manifest.dtype), size_multiple(manifest.configs["unet"], manifest.configs["vae"])
     runnable = _runnable(bundle, backends, device)
-    results: dict[str, Any] = {name: {} for name in dict.fromkeys((*backends, *runnable))}
+    results: Parity = {name: {} for name in dict.fromkeys((*backends, *runnable))}
     failures = []
-    for graph in split(source, "fp32"):
+    for graph in split(source, REFERENCE.torch):
         progress(f"parity {graph.name}")
         reference = graph.engine()
-        own = graph.cast(torch_dtype(dtype)).engine() if dtype != "fp32" else None
+        own = graph.cast(dtype.torch).engine() if dtype.reduced else None
         case_list = list(cases(graph, manifest.profile, multiple))
         engines = dict(runnable)
         if bundle.graph(graph.name).plugin_file is not None:
@@ -81,14 +82,30 @@ def parity_gate(
             engine = engines[backend](graph.name)
             found = compare(engine, reference, own, case_list, dtype)
             engine.close()
-            results[backend][graph.name] = {name: output.to_json() for name, output in found.items()}
+            results[backend][graph.name] = {name: _result(output) for name, output in found.items()}
             if not all(found.values()):
                 failures.append(_explain(bundle, graph, backend, found, case_list))
         del graph, reference, own
         gc.collect()
     if failures:
-        raise ParityError("Parity failed. " + " ".join(failures), results)
+        raise ParityError("Parity failed. " + " ".join(failures), parity_json(results))
     return results
+
+
+def _result(output: OutputParity) -> ParityResult:
+    return ParityResult(
+        passed=bool(output),
+        cosine=round(output.cosine, 9),
+        relative_error=_short(output.error),
+        allowed_error=_short(output.allowed),
+        worst_case=output.case,
+        finite=output.finite,
+    )
+
+
+def _short(value: float) -> float | None:
+    """Four digits; None for infinity, which JSON does not have."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _inlined(bundle: Bundle, graph: str) -> Engine:
@@ -103,7 +120,7 @@ def _runnable(bundle: Bundle, backends: Sequence[str], device: str | None) -> di
     """What makes the engine of a graph, for each backend that runs here."""
     found: dict[str, Callable[[str], Engine]] = {}
     for name in backends:
-        state = registry.check(name)
+        state = table.get(name).check()
         if state.usable:
             found[name] = functools.partial(load_engine, bundle, backend=name, device=device)
             continue
@@ -112,7 +129,7 @@ def _runnable(bundle: Bundle, backends: Sequence[str], device: str | None) -> di
             name,
             state.reason,
         )
-        if bundle.manifest.dtype == "fp32":
+        if not precision(bundle.manifest.dtype).reduced:
             found.setdefault("onnxruntime", lambda graph: OnnxRuntimeEngine(graph, bundle.onnx(graph)))
         else:
             found[SIMULATION] = functools.partial(simulated, bundle)
@@ -124,7 +141,7 @@ def simulated(bundle: Bundle, graph: str) -> Engine:
     entry, path = bundle.graph(graph), bundle.onnx(graph)
     model = onnx.load(path, load_external_data=False)
     inputs, outputs = specs(entry.inputs), specs(entry.outputs)
-    return SimulatedEngine(graph, model, path.parent, inputs, outputs, bundle.manifest.dtype)
+    return SimulatedEngine(graph, model, path.parent, inputs, outputs, precision(bundle.manifest.dtype))
 
 
 def _explain(
@@ -149,8 +166,8 @@ def _explain(
     return f"{text}."
 
 
-def write_report(bundle: Bundle, results: dict[str, Any]) -> None:
+def write_report(bundle: Bundle, results: Parity) -> None:
     """``reports/parity.json``."""
     path = bundle.path / "reports" / "parity.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(parity_json(results), indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from icexport.backends.engines import built_backends, choose_backend, default_device
+from icexport.bundle.records import parity_json
 from icexport.bundle.source import recorded_source
 from icexport.bundle.store import Bundle
 from icexport.gates.parity_gate import parity_gate
@@ -47,4 +48,4 @@ def verify(
     names = (backend,) if isinstance(backend, str) else tuple(backend or built_backends(bundle))
     chosen = [choose_backend(bundle, name, device or default_device(bundle, name)) for name in names]
     backends = tuple(dict.fromkeys(chosen))
-    return parity_gate(bundle, source, backends, progress, device)
+    return parity_json(parity_gate(bundle, source, backends, progress, device))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from engines.base import TensorSpec
 from engines.torch_eager import TorchEngine
+from icexport.graphs.shapes import TensorInfo, size_of
 
 TIMESTEP = "timestep"
 """The input that is float32 in every precision: see `icexport.graphs.stable_diffusion`."""
-
-_SHAPE = re.compile(r"(?:(\d+)\*)?([a-z_]\w*)")
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Graph:
     Attributes:
         name: file stem, as in ``graphs/<name>.onnx``.
         module: takes the tensors of ``inputs`` in order and returns those of ``outputs`` as a tuple, in order.
-        inputs: names, dtypes and shapes; a string in a shape is a symbol, ``"4*h"`` four times the symbol ``h``.
+        inputs: names, dtypes and shapes; a string in a shape is a symbol, ``"4*rows"`` four times the symbol ``rows``.
         outputs: likewise.
     """
 
@@ -45,21 +42,18 @@ class Graph:
                 for spec in side
             )
 
-        return Graph(self.name, copy.deepcopy(self.module).to(dtype), specs(self.inputs), specs(self.outputs))
+        # Cast on the way, tensor by tensor: a whole copy in the old precision would double the memory.
+        cast: dict[int, object] = {}
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            lower = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            cast[id(tensor)] = nn.Parameter(lower, requires_grad=False) if is_parameter else lower
+        module = copy.deepcopy(self.module, cast)
+        return Graph(self.name, module, specs(self.inputs), specs(self.outputs))
 
     def engine(self) -> TorchEngine:
         """Eager PyTorch on the module itself, on the CPU."""
         return TorchEngine(self.name, self.module, self.inputs, self.outputs)
-
-
-def size_of(dimension: int | str, symbols: Mapping[str, int]) -> int:
-    """The value of one dimension of a ``TensorSpec``: ``"4*h"`` with ``{"h": 16}`` is 64."""
-    if isinstance(dimension, int):
-        return dimension
-    match = _SHAPE.fullmatch(dimension)
-    if not match:
-        raise ValueError(f"not a dimension: {dimension!r}")
-    return int(match[1] or 1) * symbols[match[2]]
 
 
 def example_inputs(
@@ -79,11 +73,11 @@ def example_inputs(
     return inputs
 
 
-def describe(spec: TensorSpec) -> dict[str, Any]:
-    """A ``TensorSpec`` as the manifest holds it."""
-    return {"name": spec.name, "dtype": str(spec.dtype).removeprefix("torch."), "shape": list(spec.shape)}
+def describe(specs: Iterable[TensorSpec]) -> tuple[TensorInfo, ...]:
+    """Inputs or outputs as a manifest holds them."""
+    return tuple(TensorInfo(spec.name, str(spec.dtype).removeprefix("torch."), spec.shape) for spec in specs)
 
 
-def specs(described: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    """The inverse of ``manifest.describe``."""
-    return tuple(TensorSpec(d["name"], getattr(torch, d["dtype"]), tuple(d["shape"])) for d in described)
+def specs(described: Iterable[TensorInfo]) -> tuple[TensorSpec, ...]:
+    """The inverse of ``describe``."""
+    return tuple(TensorSpec(info.name, getattr(torch, info.dtype), info.shape) for info in described)

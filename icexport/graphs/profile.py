@@ -123,12 +123,18 @@ class Profile:
                     )
 
     def symbols(self, multiple: int) -> dict[str, SizeRange]:
-        """Range of each symbol that the graphs' shapes use: ``batch``, ``prompts``, ``h`` and ``w``."""
+        """Range of each symbol in the graphs' shapes.
+
+        ``samples`` are what UNet and ControlNet run on: guidance makes two of each picture. ``pictures`` are what the
+        decoder and the probe run on, ``prompts`` what the text encoder does. ``rows`` and ``columns`` are height and
+        width in steps of ``multiple`` pixels.
+        """
         return {
-            "batch": SizeRange(self.batch.min, 2 * self.batch.opt, 2 * self.batch.max),
-            "prompts": SizeRange(1, max(self.batch.opt, 1), self.batch.max),
-            "h": SizeRange(*(v // multiple for v in asdict(self.height).values())),
-            "w": SizeRange(*(v // multiple for v in asdict(self.width).values())),
+            "samples": SizeRange(self.batch.min, 2 * self.batch.opt, 2 * self.batch.max),
+            "pictures": self.batch,
+            "prompts": SizeRange(1, self.batch.opt, self.batch.max),
+            "rows": SizeRange(*(v // multiple for v in asdict(self.height).values())),
+            "columns": SizeRange(*(v // multiple for v in asdict(self.width).values())),
         }
 
     def corners(self) -> Iterator[tuple[int, int, int]]:

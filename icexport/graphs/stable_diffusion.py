@@ -7,9 +7,9 @@ strength, so that none of them needs another graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -19,6 +19,7 @@ from transformers import CLIPTextModel
 from engines.base import TensorSpec
 from icexport.errors import UnsupportedOptionError
 from icexport.graphs.graph import Graph
+from icexport.models.loading import ModelSource
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.sizes import latent_multiple, residual_channels, vae_factor
 from icexport.models.taps import Taps
@@ -71,11 +72,12 @@ class ControlNetGraph(nn.Module):
 class UNetGraph(nn.Module):
     """``sample, timestep, prompt_embeds, residuals…`` to ``noise_pred, taps…, time_embedding``."""
 
-    def __init__(self, unet: UNet2DConditionModel, probe: ProbeConfig | None) -> None:
+    def __init__(self, unet: UNet2DConditionModel, probe: ProbeConfig | None, train_timesteps: int) -> None:
         super().__init__()
         self.unet = unet
         self.taps = Taps(unet, probe.tap_kind) if probe else None
-        self.mirrored = probe is not None and probe.timestep_convention == "mirrored"
+        self.probe = probe
+        self.train_timesteps = train_timesteps
 
     def forward(
         self, sample: Tensor, timestep: Tensor, prompt_embeds: Tensor, *residuals: Tensor
@@ -94,8 +96,9 @@ class UNetGraph(nn.Module):
                 return_dict=False,
             )
         embedding = embeddings[0][:1]
-        if self.mirrored:
-            sinusoids = self.unet.time_proj(1000 - timestep.reshape(1)).to(sample.dtype)
+        if self.probe is not None and self.probe.mirrored:
+            read = self.probe.read_timestep(timestep.reshape(1), self.train_timesteps)
+            sinusoids = self.unet.time_proj(read).to(sample.dtype)
             embedding = self.unet.time_embedding(sinusoids)
         return (noise_pred, *taps, embedding)
 
@@ -130,7 +133,24 @@ class VaeDecoderGraph(nn.Module):
         return (pixels,)
 
 
+Count = Literal["samples", "pictures"]
+"""What the first axis counts: with guidance, the UNet sees two samples of each picture."""
+
 GRAPH_NAMES = ("text_encoder", "controlnet", "unet", "probe", "vae_decoder")
+
+
+def split(source: ModelSource, dtype: torch.dtype) -> Iterator[Graph]:
+    """See ``icexport.graphs.split``."""
+    unet_config, vae_config = source.config("unet"), source.config("vae")
+    length = source.full_config("text_encoder")["max_position_embeddings"]
+    yield text_encoder_graph(source.text_encoder(dtype), dtype)
+    yield controlnet_graph(source.controlnet_model(dtype), length, vae_factor(vae_config), dtype)
+    probe, unet = source.probe_model(dtype), source.unet(dtype)
+    yield unet_graph(unet, length, probe.config if probe else None, dtype, source.train_timesteps)
+    if probe:
+        yield probe_graph(probe, unet, dtype)
+    del unet, probe
+    yield vae_decoder_graph(source.vae(dtype), latent_multiple(unet_config), dtype)
 
 
 def text_encoder_graph(text_encoder: CLIPTextModel, dtype: torch.dtype) -> Graph:
@@ -170,22 +190,28 @@ def controlnet_graph(controlnet: ControlNetModel, text_length: int, factor: int,
         TensorSpec(
             "control_map",
             dtype,
-            ("batch", config["conditioning_channels"], f"{multiple * factor}*h", f"{multiple * factor}*w"),
+            ("samples", config["conditioning_channels"], f"{multiple * factor}*rows", f"{multiple * factor}*columns"),
         ),
-        TensorSpec("residual_scale", dtype, ("batch", len(residuals))),
+        TensorSpec("residual_scale", dtype, ("samples", len(residuals))),
     )
     return Graph("controlnet", ControlNetGraph(controlnet), inputs, _residual_specs(config, dtype))
 
 
-def unet_graph(unet: UNet2DConditionModel, text_length: int, probe: ProbeConfig | None, dtype: torch.dtype) -> Graph:
+def unet_graph(
+    unet: UNet2DConditionModel,
+    text_length: int,
+    probe: ProbeConfig | None,
+    dtype: torch.dtype,
+    train_timesteps: int = 1000,
+) -> Graph:
     """The UNet's graph, with what the probe reads as outputs; None for a bundle without a probe."""
     config = unet.config
-    module = UNetGraph(unet, probe)
+    module = UNetGraph(unet, probe, train_timesteps)
     multiple = latent_multiple(config)
     inputs = (*_step_inputs(config, text_length, multiple, dtype), *_residual_specs(config, dtype))
     outputs = (
-        TensorSpec("noise_pred", dtype, _map_shape(config["out_channels"], multiple)),
-        *(_tap_specs(module.taps, multiple, dtype) if module.taps else ()),
+        TensorSpec("noise_pred", dtype, _map_shape("samples", config["out_channels"], multiple)),
+        *(_tap_specs(module.taps, "samples", multiple, dtype) if module.taps else ()),
         TensorSpec("time_embedding", dtype, (1, unet.time_embedding.linear_2.out_features)),
     )
     return Graph("unet", module, inputs, outputs)
@@ -198,21 +224,21 @@ def probe_graph(probe: InnerControlProbe, unet: UNet2DConditionModel, dtype: tor
     width = probe.config.time_embed_dim
     embedding = () if width is None else (TensorSpec("time_embedding", dtype, (1, width)),)
     cells = multiple * probe.config.output_scale // taps.scales[-1]
-    reading = TensorSpec("reading", dtype, _map_shape(probe.config.out_channels, cells))
-    return Graph("probe", ProbeGraph(probe), (*_tap_specs(taps, multiple, dtype), *embedding), (reading,))
+    reading = TensorSpec("reading", dtype, _map_shape("pictures", probe.config.out_channels, cells))
+    return Graph("probe", ProbeGraph(probe), (*_tap_specs(taps, "pictures", multiple, dtype), *embedding), (reading,))
 
 
 def vae_decoder_graph(vae: AutoencoderKL, multiple: int, dtype: torch.dtype) -> Graph:
     """The decoder's graph. ``multiple`` is the UNet's ``latent_multiple``: sizes move in those steps."""
     config = vae.config
-    latents = TensorSpec("latents", dtype, _map_shape(config["latent_channels"], multiple))
-    pixels = TensorSpec("pixels", dtype, _map_shape(config["out_channels"], multiple * vae_factor(config)))
+    latents = TensorSpec("latents", dtype, _map_shape("pictures", config["latent_channels"], multiple))
+    pixels = TensorSpec("pixels", dtype, _map_shape("pictures", config["out_channels"], multiple * vae_factor(config)))
     return Graph("vae_decoder", VaeDecoderGraph(vae), (latents,), (pixels,))
 
 
-def _map_shape(channels: int, cells: int) -> tuple[int | str, ...]:
-    """``[batch, channels, cells*h, cells*w]`` with one cell written without a factor."""
-    return ("batch", channels, *(f"{cells}*{axis}" if cells > 1 else axis for axis in "hw"))
+def _map_shape(count: Count, channels: int, cells: int) -> tuple[int | str, ...]:
+    """``[count, channels, cells*rows, cells*columns]`` with one cell written without a factor."""
+    return (count, channels, *(f"{cells}*{axis}" if cells > 1 else axis for axis in ("rows", "columns")))
 
 
 def _step_inputs(
@@ -220,11 +246,11 @@ def _step_inputs(
 ) -> tuple[TensorSpec, ...]:
     width = config["cross_attention_dim"]
     return (
-        TensorSpec("sample", dtype, _map_shape(config["in_channels"], multiple)),
+        TensorSpec("sample", dtype, _map_shape("samples", config["in_channels"], multiple)),
         # float32 in every precision: schedulers may give fractional timesteps, and float16 cannot count to 999 exactly
         # enough for the sinusoids.
         TensorSpec("timestep", torch.float32, ()),
-        TensorSpec("prompt_embeds", dtype, ("batch", text_length, width)),
+        TensorSpec("prompt_embeds", dtype, ("samples", text_length, width)),
     )
 
 
@@ -233,13 +259,13 @@ def _residual_specs(config: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tens
     found = residual_channels(config)
     names = [*(f"down_residual_{i}" for i in range(len(found) - 1)), "mid_residual"]
     return tuple(
-        TensorSpec(name, dtype, _map_shape(channels, multiple // scale))
+        TensorSpec(name, dtype, _map_shape("samples", channels, multiple // scale))
         for name, (channels, scale) in zip(names, found, strict=True)
     )
 
 
-def _tap_specs(taps: Taps, multiple: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+def _tap_specs(taps: Taps, count: Count, multiple: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
     return tuple(
-        TensorSpec(f"tap_{i}", dtype, _map_shape(dim, multiple // scale))
+        TensorSpec(f"tap_{i}", dtype, _map_shape(count, dim, multiple // scale))
         for i, (dim, scale) in enumerate(zip(taps.dims, taps.scales, strict=True))
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import warnings
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from icexport.errors import ConditionError, UsageError
+from icexport.host.files import whole
 
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -77,12 +77,8 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, object]) -> None
     info = PngInfo()
     for name, value in text.items():
         info.add_text(name, str(value))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

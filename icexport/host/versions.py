@@ -33,6 +33,14 @@ def installed(name: str) -> str:
         return metadata.version("onnxruntime-gpu")
 
 
+def version_of(name: str) -> str | None:
+    """Version of a package; None: it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def machine(device: str = "cpu") -> dict[str, str]:
     """Processor and GPU, cores, threads, versions, and the commit where this is a checkout."""
     cpu = platform.processor() or platform.machine()

@@ -35,6 +35,73 @@ _BACKBONES: Mapping[int, Mapping[TapKind, str]] = {
 _POSE_CHANNELS = 18
 _LAST_HEAD_LAYER = "output_head.4.weight"
 
+# Layers of one bottleneck, and where the official network has them.
+_OFFICIAL_NAMES = {
+    "project": ("conv1", "shortcut"),
+    "norm1": ("conv1.norm",),
+    "time": ("emb_layers",),
+    "conv2": ("conv2",),
+    "norm2": ("conv2.norm",),
+    "conv3": ("conv3",),
+    "norm3": ("conv3.norm",),
+    "shortcut_norm": ("shortcut.norm",),
+}
+
+
+def from_official(state: Mapping[str, Tensor], config: ProbeConfig) -> InnerControlProbe:
+    """Build the probe from the state dict of an official align model (``aggregation_network``).
+
+    Args:
+        state: the official tensors, in any floating-point type.
+        config: the config that fits it; ``unused_time_embed_dim`` stands for ``bottleneck_layers.{i}.0.`` names.
+
+    Raises:
+        CheckpointError: missing, unexpected, misshapen or non-finite tensors; all are listed.
+    """
+    with torch.device("meta"):
+        expected = InnerControlProbe(config)
+    problems = state_problems(to_official(expected), state)
+    if problems:
+        raise CheckpointError("The official state dict does not fit the config:\n  " + "\n  ".join(problems))
+    ours = {
+        name: torch.cat([state[official] for official in names]) for name, names in _official_names(expected).items()
+    }
+    return InnerControlProbe.from_state(config, ours, "the official state dict")
+
+
+def to_official(probe: InnerControlProbe) -> dict[str, Tensor]:
+    """The weights under the names of the official network, for its strict ``load_state_dict``.
+
+    Raises:
+        UsageError: the probe has no time layers, which the official network always has.
+    """
+    config = probe.config
+    if config.time_embed_dim is None and config.unused_time_embed_dim is None:
+        raise UsageError("This probe has no time layers: the official network cannot hold it.")
+    state = probe.state_dict()
+    official: dict[str, Tensor] = {}
+    for name, names in _official_names(probe).items():
+        rows = [config.projection_dim // 4, config.projection_dim] if len(names) == 2 else len(state[name])
+        official.update(zip(names, state[name].split(rows), strict=True))
+    return official
+
+
+def _official_names(probe: InnerControlProbe) -> dict[str, tuple[str, ...]]:
+    """Our name of each tensor -> the official tensors that it stacks."""
+    config = probe.config
+    sequential = "0." if config.unused_time_embed_dim is not None else ""
+    names: dict[str, tuple[str, ...]] = {}
+    for name in probe.state_dict():
+        if not name.startswith("bottlenecks."):
+            names[name] = (name,)
+            continue
+        _, index, layer, parameter = name.split(".")
+        official = _OFFICIAL_NAMES[layer]
+        if layer == "project" and config.dims[int(index)] == config.projection_dim:
+            official = ("conv1",)
+        names[name] = tuple(f"bottleneck_layers.{index}.{sequential}{part}.{parameter}" for part in official)
+    return names
+
 
 def read_align_model(
     payload: object,
@@ -109,11 +176,11 @@ def read_align_model(
         _refuse(problems)
     if len(probe_config.dims) == layers:
         with torch.device("meta"):
-            expected = InnerControlProbe(probe_config).to_official()
+            expected = to_official(InnerControlProbe(probe_config))
         problems += state_problems(expected, state)
     if problems:
         _refuse(problems)
-    return InnerControlProbe.from_official(state, probe_config), warnings
+    return from_official(state, probe_config), warnings
 
 
 def _refuse(problems: list[str]) -> NoReturn:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import re
-import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -26,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from icexport.errors import CheckpointError, UsageError
-from icexport.host.files import sha256
-from icexport.models.align import NORMALISERS, read_align_model
+from icexport.host.files import replacing, sha256
+from icexport.models.align import NORMALISERS, read_align_model, to_official
 from icexport.models.checkpoint import read_safetensors, state_problems
 from icexport.models.probe import CONFIG_NAME, WEIGHTS_NAME, InnerControlProbe, TimestepConvention
 from icexport.models.taps import TapKind
@@ -138,7 +136,7 @@ def convert(
     for warning in warnings:
         logger.warning("%s: %s", source, warning)
     _write(output, probe.save_pretrained)
-    tensors = probe.to_official()
+    tensors = to_official(probe)
     return ConvertReport(
         "probe", output, digest, len(tensors), _values(tensors), probe.config.to_dict(), tuple(warnings)
     )
@@ -233,21 +231,11 @@ def _check_output(output: Path, force: bool) -> None:
 
 def _write(output: Path, fill: Callable[[Path], None]) -> None:
     """Fills a sibling folder, then puts it in the place of ``output``: no half output is ever seen."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
-    retired = temporary.with_suffix(".old")
     try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        if output.exists():
-            output.rename(retired)
-        temporary.rename(output)
+        with replacing(output) as folder:
+            fill(folder)
     except OSError as error:
-        if retired.exists() and not output.exists():
-            retired.rename(output)
         raise CheckpointError(f"Could not write {output}: {error}. What was there before is untouched.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _values(state: Mapping[str, Tensor]) -> int:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from icexport.errors import CheckpointError, UsageError
-from icexport.host.files import sha256
+from icexport.host.files import Hashes
+from icexport.models.family import FAMILIES, Family, family_of
 from icexport.reference import reference_path
 
 if TYPE_CHECKING:  # a cache hit of ``build`` hashes files and must not pay for these imports
@@ -28,7 +29,6 @@ if TYPE_CHECKING:  # a cache hit of ``build`` hashes files and must not pay for 
 logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"
-BASE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor")
 _WEIGHTS = ("*.safetensors", "*.json", "*.txt")
 
 
@@ -41,18 +41,22 @@ class ModelSource:
         model: base model as given: ``reference``, a folder or a Hub id.
         controlnet: ControlNet as given; None: ``controlnet-<condition>`` in the base model's folder.
         probe: probe as given; None: ``probe-<condition>`` in the base model's folder; ``none``: no probe.
+        family: what kind of model it is.
         base: the base model's folder.
         controlnet_folder: the ControlNet's folder.
         probe_folder: the probe's folder, or None for a bundle without a probe.
+        hashes: of files that are known already.
     """
 
     condition: str
     model: str
     controlnet: str | None
     probe: str | None
+    family: Family
     base: Path = field(repr=False)
     controlnet_folder: Path = field(repr=False)
     probe_folder: Path | None = field(repr=False)
+    hashes: Hashes = field(default_factory=Hashes, repr=False, compare=False)
 
     @classmethod
     def find(cls, condition: str, model: str, controlnet: str | None = None, probe: str | None = None) -> ModelSource:
@@ -62,14 +66,7 @@ class ModelSource:
             UsageError: a ControlNet or probe must be named: the base model's folder has none for this condition.
             CheckpointError: a folder is not what it should be, or a download failed.
         """
-        base = reference_path() if model == REFERENCE else locate(model, BASE_PARTS)
-        needed = [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
-        needed += ["tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"]
-        if missing := [file for file in needed if not (base / file).is_file()]:
-            raise CheckpointError(
-                f"{base} is not a Stable Diffusion folder of diffusers: it lacks {', '.join(missing)}. Convert a "
-                "single-file checkpoint with diffusers' from_single_file(...).save_pretrained(FOLDER)."
-            )
+        base, family = find_base(model)
         controlnet_folder = locate(controlnet) if controlnet else base / f"controlnet-{condition}"
         probe_folder = None
         if probe != "none":
@@ -82,32 +79,49 @@ class ModelSource:
                 where = f"{folder} has no config.json" if given else f"{base} has no folder {folder.name}"
                 hint = " (or --probe none for a bundle without fidelity readings)" if option == "--probe" else ""
                 raise UsageError(f"No {option[2:]} for {condition!r}: {where}. Give {option} FOLDER_OR_HUB_ID{hint}.")
-        return cls(condition, model, controlnet, probe, base, controlnet_folder, probe_folder)
+        return cls(condition, model, controlnet, probe, family, base, controlnet_folder, probe_folder)
+
+    @cached_property
+    def paths(self) -> dict[str, Path]:
+        """Every file that the bundle depends on, by ``part/file``."""
+        folders = {part: self.base / part for part in self.family.parts}
+        folders["controlnet"] = self.controlnet_folder
+        if self.probe_folder is not None:
+            folders["probe"] = self.probe_folder
+        return {
+            f"{part}/{path.name}": path
+            for part, folder in folders.items()
+            for path in sorted(p for pattern in _WEIGHTS for p in folder.glob(pattern))
+        }
 
     @cached_property
     def files(self) -> dict[str, str]:
         """SHA-256 of every file that the bundle depends on, by ``part/file``."""
-        folders = {part: self.base / part for part in BASE_PARTS}
-        folders["controlnet"] = self.controlnet_folder
-        if self.probe_folder is not None:
-            folders["probe"] = self.probe_folder
-        found = {}
-        for part, folder in folders.items():
-            for path in sorted(p for pattern in _WEIGHTS for p in folder.glob(pattern)):
-                found[f"{part}/{path.name}"] = sha256(path)
-        return found
+        return {name: self.hashes(path) for name, path in self.paths.items()}
 
-    def describe(self) -> dict[str, Any]:
-        """What the manifest records of the source."""
-        return {"model": self.model, "controlnet": self.controlnet, "probe": self.probe, "files": self.files}
+    def check_unchanged(self) -> None:
+        """Refuse to go on with a model whose files have changed since they were hashed.
+
+        Raises:
+            CheckpointError: naming the files.
+        """
+        if changed := self.hashes.changed(self.paths.values()):
+            raise CheckpointError(
+                f"The model changed while it was read: {', '.join(map(str, changed))}. Nothing of it was kept. Wait "
+                "until whatever writes there is done, and build again."
+            )
 
     def config(self, part: str) -> dict[str, Any]:
-        """A component's ``config.json``, as it is.
+        """A component's config as its file has it; of the scheduler, too.
 
         Raises:
             CheckpointError: it is missing or no JSON object.
         """
-        path = self._weighty[part] / "config.json"
+        path = (
+            self.base / "scheduler" / "scheduler_config.json"
+            if part == "scheduler"
+            else self._weighty[part] / "config.json"
+        )
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -115,6 +129,11 @@ class ModelSource:
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} holds no JSON object.")
         return config
+
+    @property
+    def train_timesteps(self) -> int:
+        """Number of timesteps of the noise schedule."""
+        return int(self.config("scheduler").get("num_train_timesteps", 1000))
 
     def full_config(self, part: str) -> dict[str, Any]:
         """A component's config with its class's defaults, which files of older versions lack. Imports the classes.
@@ -149,27 +168,27 @@ class ModelSource:
         return count
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
-        """The UNet, checked key by key."""
+        """The UNet; like all of these, on the CPU, frozen, and checked key by key."""
         return load_unet(self.base / "unet", dtype)
 
     def vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        """The autoencoder."""
+        """The autoencoder; see ``unet``."""
         return load_vae(self.base / "vae", dtype)
 
     def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
-        """The text encoder."""
+        """The text encoder; see ``unet``."""
         return load_text_encoder(self.base / "text_encoder", dtype)
 
     def controlnet_model(self, dtype: torch.dtype) -> ControlNetModel:
-        """The ControlNet."""
+        """The ControlNet; see ``unet``."""
         return load_controlnet(self.controlnet_folder, dtype)
 
     def probe_model(self, dtype: torch.dtype) -> InnerControlProbe | None:
-        """The probe, or None."""
+        """The probe; None: the bundle has none."""
         return None if self.probe_folder is None else load_probe(self.probe_folder, dtype)
 
     def tokenizer(self) -> CLIPTokenizer:
-        """The tokenizer."""
+        """The tokenizer of the text encoder."""
         from transformers import CLIPTokenizer
 
         return CLIPTokenizer.from_pretrained(self.base / "tokenizer")  # type: ignore[no-any-return]
@@ -186,6 +205,39 @@ def _defaults(part: str) -> dict[str, Any]:
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
+def find_base(model: str) -> tuple[Path, Family]:
+    """Folder and family of a base model.
+
+    Args:
+        model: ``reference``, a folder or a Hub id.
+
+    Raises:
+        CheckpointError: it cannot be had, or lacks files.
+    """
+    base = reference_path() if model == REFERENCE else locate(model, _all_parts())
+    family = family_of(_pipeline_class(base))
+    if missing := [file for file in family.needed if not (base / file).is_file()]:
+        raise CheckpointError(
+            f"{base} is not a folder of {family.title} as diffusers saves it: it lacks {', '.join(missing)}. Convert "
+            "a single-file checkpoint with diffusers' from_single_file(...).save_pretrained(FOLDER)."
+        )
+    return base, family
+
+
+def _all_parts() -> tuple[str, ...]:
+    """Folders that a base model of any family may have, and its index."""
+    return tuple(dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))
+
+
+def _pipeline_class(base: Path) -> str | None:
+    """The pipeline that a folder was saved by, if it says so."""
+    try:
+        index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not every folder has one, and nothing else of it is used
+        return None
+    return index.get("_class_name") if isinstance(index, dict) else None
+
+
 def locate(name: str, parts: tuple[str, ...] = ()) -> Path:
     """A folder as it is, or the snapshot of a Hub repository with the needed files only."""
     if Path(name).is_dir():
@@ -196,6 +248,7 @@ def locate(name: str, parts: tuple[str, ...] = ()) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = [f"{part}/{w}" for part in parts for w in _WEIGHTS] or list(_WEIGHTS)
+    patterns += ["model_index.json"] if parts else []
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
@@ -206,35 +259,46 @@ def locate(name: str, parts: tuple[str, ...] = ()) -> Path:
 
 
 def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A UNet of diffusers from a folder; like all of these, strict in its keys and without pickles."""
+    """A UNet of diffusers from a folder.
+
+    Args:
+        folder: ``config.json`` and safetensors; nothing else is read, and no pickle.
+        dtype: of the weights.
+
+    Returns:
+        The model on the CPU, in evaluation mode, without gradients; so do all of these.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or of another architecture; every key that does not fit is named.
+    """
     from diffusers import UNet2DConditionModel
 
     return _load(UNet2DConditionModel, folder, dtype)
 
 
 def load_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
-    """An autoencoder of diffusers."""
+    """An autoencoder of diffusers; see ``load_unet``."""
     from diffusers import AutoencoderKL
 
     return _load(AutoencoderKL, folder, dtype)
 
 
 def load_controlnet(folder: Path, dtype: torch.dtype) -> ControlNetModel:
-    """A ControlNet of diffusers."""
+    """A ControlNet of diffusers; see ``load_unet``."""
     from diffusers import ControlNetModel
 
     return _load(ControlNetModel, folder, dtype)
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
-    """A CLIP text encoder of transformers."""
+    """A CLIP text encoder of transformers; see ``load_unet``."""
     from transformers import CLIPTextModel
 
     return _load(CLIPTextModel, folder, dtype)  # type: ignore[return-value]
 
 
 def load_probe(folder: Path, dtype: torch.dtype) -> InnerControlProbe:
-    """A probe."""
+    """A probe, as ``InnerControlProbe.save_pretrained`` writes it; see ``load_unet``."""
     from icexport.models.probe import InnerControlProbe
 
     return InnerControlProbe.from_pretrained(folder).to(dtype).eval().requires_grad_(False)

@@ -30,18 +30,6 @@ TimestepConvention = Literal["true", "mirrored", "none"]
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "probe.safetensors"
 
-# Layers of one bottleneck, and where the official network has them.
-_OFFICIAL_NAMES = {
-    "project": ("conv1", "shortcut"),
-    "norm1": ("conv1.norm",),
-    "time": ("emb_layers",),
-    "conv2": ("conv2",),
-    "norm2": ("conv2.norm",),
-    "conv3": ("conv3",),
-    "norm3": ("conv3.norm",),
-    "shortcut_norm": ("shortcut.norm",),
-}
-
 
 @dataclass(frozen=True)
 class ProbeConfig:
@@ -56,7 +44,7 @@ class ProbeConfig:
         head_tanh: Whether the head ends in Tanh, which bounds the reading to [-1, 1].
         time_embed_dim: Width of the UNet's time embedding; None: the probe is not conditioned on the timestep.
         unused_time_embed_dim: Only for official files with ``bottleneck_sequential``: they hold time layers of this
-            width that their network never runs. Kept so that ``to_official`` gives back the whole file.
+            width that their network never runs. Kept so that ``align.to_official`` gives back the whole file.
         tap_kind: Which taps the probe reads.
         output_scale: Size of the reading over the size of the finest tap.
         condition: Name of the condition that the probe reads; None: not known.
@@ -66,7 +54,7 @@ class ProbeConfig:
             picture, then 1 - x.
         control_range: Reading values (lo, hi) that stand for 0 and 1 of the control map: x -> (x - lo) / (hi - lo).
         timestep_convention: Which timestep's embedding the probe was made for: ``"true"``: the UNet's t;
-            ``"mirrored"``: 1000 - t; ``"none"``: any.
+            ``"mirrored"``: T - t, for a noise schedule of T steps; ``"none"``: any.
         provenance: Free text about the origin, for example the SHA-256 of the source file.
 
     Raises:
@@ -134,6 +122,15 @@ class ProbeConfig:
         texts = self.provenance.items() if isinstance(self.provenance, dict) else [(None, None)]
         expect("provenance", all(isinstance(text, str) for pair in texts for text in pair), "an object of strings")
         return problems
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the probe was made for the embedding of another timestep than the UNet's."""
+        return self.timestep_convention == "mirrored"
+
+    def read_timestep(self, timestep: Tensor, train_timesteps: int) -> Tensor:
+        """The timestep whose embedding the probe reads with, where the UNet runs at ``timestep`` of so many."""
+        return train_timesteps - timestep if self.mirrored else timestep
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with ``_class_name`` as in diffusers configs."""
@@ -275,64 +272,20 @@ class InnerControlProbe(nn.Module):
             config = ProbeConfig.from_dict(json.loads(config_path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, UsageError) as error:
             raise CheckpointError(f"Cannot read the probe config {config_path}: {error}") from error
-        return cls._from_state(config, read_safetensors(weights_path), str(weights_path))
+        return cls.from_state(config, read_safetensors(weights_path), str(weights_path))
 
     @classmethod
-    def from_official(cls, state: Mapping[str, Tensor], config: ProbeConfig) -> InnerControlProbe:
-        """Builds the probe from the state dict of an official align model (``aggregation_network``).
+    def from_state(cls, config: ProbeConfig, state: Mapping[str, Tensor], source: str) -> InnerControlProbe:
+        """A probe from its tensors, in float32 on the CPU, whatever their floating-point type.
 
         Args:
-            state: The official tensors, in any floating-point type.
-            config: The config that fits it; ``unused_time_embed_dim`` stands for ``bottleneck_layers.{i}.0.`` names.
+            config: what fits them.
+            state: as ``state_dict`` gives it.
+            source: where they come from, for messages.
 
         Raises:
-            CheckpointError: Missing, unexpected, misshapen or non-finite tensors; all are listed.
+            CheckpointError: missing, unexpected, misshapen or non-finite tensors; all are listed.
         """
-        with torch.device("meta"):
-            expected = cls(config)
-        problems = state_problems(expected.to_official(), state)
-        if problems:
-            raise CheckpointError("The official state dict does not fit the config:\n  " + "\n  ".join(problems))
-        ours = {
-            name: torch.cat([state[official] for official in names])
-            for name, names in expected._official_names().items()
-        }
-        return cls._from_state(config, ours, "the official state dict")
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The weights under the names of the official network, for its strict ``load_state_dict``.
-
-        Raises:
-            UsageError: The probe has no time layers, which the official network always has.
-        """
-        if self.config.time_embed_dim is None and self.config.unused_time_embed_dim is None:
-            raise UsageError("This probe has no time layers: the official network cannot hold it.")
-        state = self.state_dict()
-        official: dict[str, Tensor] = {}
-        for name, names in self._official_names().items():
-            rows = (
-                [self.config.projection_dim // 4, self.config.projection_dim] if len(names) == 2 else len(state[name])
-            )
-            official.update(zip(names, state[name].split(rows), strict=True))
-        return official
-
-    def _official_names(self) -> dict[str, tuple[str, ...]]:
-        """Our name of each tensor -> the official tensors that it stacks."""
-        sequential = "0." if self.config.unused_time_embed_dim is not None else ""
-        names: dict[str, tuple[str, ...]] = {}
-        for name in self.state_dict():
-            if not name.startswith("bottlenecks."):
-                names[name] = (name,)
-                continue
-            _, index, layer, parameter = name.split(".")
-            official = _OFFICIAL_NAMES[layer]
-            if layer == "project" and self.config.dims[int(index)] == self.config.projection_dim:
-                official = ("conv1",)
-            names[name] = tuple(f"bottleneck_layers.{index}.{sequential}{part}.{parameter}" for part in official)
-        return names
-
-    @classmethod
-    def _from_state(cls, config: ProbeConfig, state: Mapping[str, Tensor], source: str) -> InnerControlProbe:
         # On the meta device: no time spent on initial values, and the global random state is not touched.
         with torch.device("meta"):
             probe = cls(config)

@@ -31,3 +31,8 @@ def residual_channels(unet_config: Mapping[str, Any]) -> tuple[tuple[int, int], 
         if level < len(channels) - 1:
             found.append((width, 2 ** (level + 1)))
     return (*found, (channels[-1], 2 ** (len(channels) - 1)))
+
+
+def control_map_factor(controlnet_config: Mapping[str, Any]) -> int:
+    """Pixels of the control map per latent cell and side, by which a ControlNet's embedding shrinks it."""
+    return int(2 ** (len(controlnet_config["conditioning_embedding_out_channels"]) - 1))

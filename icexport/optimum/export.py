@@ -21,9 +21,9 @@ from icexport import conditions
 from icexport.errors import CheckpointError, ExportError
 from icexport.graphs.graph import Graph, example_inputs
 from icexport.graphs.stable_diffusion import controlnet_graph, probe_graph, unet_graph
-from icexport.models.dtypes import torch_dtype
-from icexport.models.fit import check_fit
+from icexport.models.fit import check_source
 from icexport.models.loading import ModelSource
+from icexport.models.precision import precision
 from icexport.models.probe import CONFIG_NAME, InnerControlProbe
 from icexport.models.sizes import latent_multiple, vae_factor
 
@@ -49,7 +49,7 @@ def controlled(condition: str, model: str, controlnet: str | None = None, probe:
     """
     source = ModelSource.find(condition, model, controlnet, probe)
     conditions.get(condition)
-    check_fit(source)
+    check_source(source)
     _check_readable(source.base)
     plain = optimum_parts.get_diffusion_models_for_export
     asked = False
@@ -133,7 +133,13 @@ class GraphConfig(OnnxConfig):  # type: ignore[misc]
         """
         native = isinstance(self._native, int)
         height, width = (self._native if native else shapes[side] for side in ("height", "width"))
-        symbols = {"batch": shapes["batch_size"], "h": height // self._multiple, "w": width // self._multiple}
+        count = shapes["batch_size"]
+        symbols = {
+            "samples": count,
+            "pictures": count,
+            "rows": height // self._multiple,
+            "columns": width // self._multiple,
+        }
         inputs = example_inputs(self._graph.inputs, symbols)
         return {name: tensor.numpy() for name, tensor in inputs.items()} if framework == "np" else inputs
 
@@ -151,7 +157,7 @@ class GraphConfig(OnnxConfig):  # type: ignore[misc]
 
 def _parts(pipeline: Any, source: ModelSource, float_dtype: str) -> dict[str, tuple[Part, GraphConfig]]:
     """Part and config of each graph by name."""
-    dtype = torch_dtype(float_dtype)
+    dtype = precision(float_dtype).torch
     unet = pipeline.unet
     length = pipeline.text_encoder.config.max_position_embeddings
     controlnet, probe = source.controlnet_model(dtype), source.probe_model(dtype)

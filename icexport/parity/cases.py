@@ -25,11 +25,16 @@ class Case:
 def cases(graph: Graph, profile: Profile, multiple: int) -> Iterator[Case]:
     """The inputs on which a graph is judged; see the module's text."""
     has_time = any(spec.name == "timestep" for spec in graph.inputs)
-    takes_guidance = graph.name in ("controlnet", "unet")
+    takes_guidance = any("samples" in spec.shape for spec in graph.inputs)
     for index, (pictures, height, width) in enumerate(profile.corners()):
         for guidance in (False, True) if takes_guidance else (False,):
-            batch = 2 * pictures if guidance else pictures
-            symbols = {"batch": batch, "prompts": pictures, "h": height // multiple, "w": width // multiple}
+            symbols = {
+                "samples": 2 * pictures if guidance else pictures,
+                "pictures": pictures,
+                "prompts": pictures,
+                "rows": height // multiple,
+                "columns": width // multiple,
+            }
             inputs = example_inputs(graph.inputs, symbols, seed=100 * index + guidance)
             for name in inputs:
                 if "residual" in name and name != "residual_scale":

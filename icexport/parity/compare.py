@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from engines.base import Engine
+from icexport.models.precision import Precision
 from icexport.parity.cases import Case
 
 MIN_COSINE = 0.999
 COSINE_ERROR = math.sqrt(2 * (1 - MIN_COSINE))
 """Relative RMS error at which the cosine falls to ``MIN_COSINE`` if the error has nothing to do with the signal."""
 FACTOR = 4.0
-FLOOR = {"fp32": 1e-4, "fp16": 1e-3, "bf16": 8e-3}
-"""Relative RMS error that always passes. Other orders of summation cost about 1e-6 in float32 and 3e-4 in float16;
-bfloat16 has 3 bits less than float16, and 8 times its rounding."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +47,9 @@ class OutputParity:
     def __bool__(self) -> bool:
         return self.finite and self.cosine >= MIN_COSINE and self.error <= self.allowed
 
-    def to_json(self) -> dict[str, object]:
-        """For the manifest and ``reports/parity.json``."""
-        return {
-            "passed": bool(self),
-            "cosine": round(self.cosine, 9),
-            "relative_error": _short(self.error),
-            "allowed_error": _short(self.allowed),
-            "worst_case": self.case,
-            "finite": self.finite,
-        }
-
-
-def _short(value: float) -> float | None:
-    """Four digits; None for infinity, which JSON does not have."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
-
 
 def compare(
-    engine: Engine, reference: Engine, same_dtype: Engine | None, case_list: list[Case], dtype: str
+    engine: Engine, reference: Engine, same_dtype: Engine | None, case_list: list[Case], dtype: Precision
 ) -> dict[str, OutputParity]:
     """Run ``engine`` and ``reference`` on every case and keep the worst of each output.
 
@@ -76,7 +58,7 @@ def compare(
         reference: PyTorch in float32.
         same_dtype: PyTorch in the engine's precision, or None where that is float32 too.
         case_list: inputs in float32; floats are cast to what each engine takes.
-        dtype: ``fp32``, ``fp16`` or ``bf16``.
+        dtype: precision of ``engine``.
     """
     worst: dict[str, OutputParity] = {}
     for case in case_list:
@@ -87,7 +69,7 @@ def compare(
             value = found.get(name)
             if value is None or value.shape != target.shape:
                 value = torch.full_like(target, math.nan)
-            allowed = FLOOR[dtype]
+            allowed = dtype.floor
             if name in own:
                 yardstick = relative_error(own[name], target)
                 allowed = max(allowed, FACTOR * (yardstick if math.isfinite(yardstick) else allowed))

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from engines.base import TensorSpec, check_inputs, select_outputs
 from icexport.export.widen import ROUNDED, rounding, values_of
+from icexport.models.precision import Precision
 from icexport.parity.session import open_session, run_session
-
-_KINDS = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 
 
 class SimulatedEngine:
@@ -32,7 +31,7 @@ class SimulatedEngine:
         folder: where its weights are.
         inputs: specs of the inputs, in any float type.
         outputs: specs of the outputs, in any float type.
-        dtype: ``fp16`` or ``bf16``.
+        dtype: precision of the graph, less than float32.
     """
 
     backend = "simulation"
@@ -44,7 +43,7 @@ class SimulatedEngine:
         folder: Path,
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
-        dtype: str,
+        dtype: Precision,
     ) -> None:
         self.name = name
         self.device = torch.device("cpu")
@@ -52,8 +51,9 @@ class SimulatedEngine:
             tuple(replace(s, dtype=torch.float32) if s.dtype.is_floating_point else s for s in specs)
             for specs in (inputs, outputs)
         )
-        self.model = rounding(model, _KINDS[dtype])
-        low = values_of(model, _KINDS[dtype])
+        kind = onnx.TensorProto.DataType.Value(dtype.onnx_name.upper())
+        self.model = rounding(model, kind)
+        low = values_of(model, kind)
         values = [spec.name + ROUNDED if spec.name in low else spec.name for spec in outputs]
         self._session = open_session(self.model, values, folder, frugal=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import ControlNetModel
@@ -19,6 +19,18 @@ from engines.base import Engine
 from icexport.errors import UnsupportedOptionError
 from icexport.models.sizes import residual_channels
 from icexport.runtime.step import Deferred, StepGraphs
+
+
+class Observer(Protocol):
+    """What looks at the outputs of UNet calls."""
+
+    def next_call(self) -> Sequence[str]:
+        """Names of the outputs that it wants of the next call; none: it does not look at that one."""
+        ...
+
+    def __call__(self, timestep: Tensor, outputs: dict[str, Tensor]) -> None:
+        """Take the outputs of a call that it wanted some of."""
+        ...
 
 
 class EngineModule(nn.Module):
@@ -98,7 +110,7 @@ class EngineControlNet(ControlNetModel):  # type: ignore[misc]
         nn.Module.__init__(self)  # not ControlNetModel's, which would build the network
         self.register_to_config(**{k: v for k, v in config.items() if not k.startswith("_")})
         self.engine = engine
-        self.graphs: StepGraphs | None = None
+        self.step_graphs: StepGraphs | None = None
         self._residuals = residual_channels(config)
         self._scales: dict[tuple[object, ...], Tensor] = {}
 
@@ -124,7 +136,20 @@ class EngineControlNet(ControlNetModel):  # type: ignore[misc]
     ) -> tuple[list[Tensor], Tensor | Deferred]:
         """Down residuals and the middle one, scaled. A scale of 0 (outside of the guidance window) runs no engine.
 
-        With ``graphs`` the UNet's stand-in computes them, except in guess mode: the pipeline changes them on the way.
+        With ``step_graphs`` the UNet's stand-in computes them, except in guess mode: the pipeline changes them on the
+        way.
+
+        Args:
+            sample: latents ``[B,4,h,w]``.
+            timestep: one number for all samples.
+            encoder_hidden_states: prompt embeddings ``[B,S,D]``.
+            controlnet_cond: control maps ``[B,3,H,W]`` in [0,1].
+            conditioning_scale: strength of the control.
+            guess_mode: weaker in shallow layers.
+            return_dict: always False.
+
+        Returns:
+            The down residuals ``[B,C,h/s,w/s]`` and the middle one; with ``step_graphs`` none and a ``Deferred``.
         """
         batch, _, height, width = sample.shape
         if conditioning_scale == 0:
@@ -137,7 +162,7 @@ class EngineControlNet(ControlNetModel):  # type: ignore[misc]
             "control_map": controlnet_cond.to(sample.dtype),
             "residual_scale": self._scale(sample, conditioning_scale, guess_mode),
         }
-        if self.graphs is not None and not guess_mode:
+        if self.step_graphs is not None and not guess_mode:
             return [], Deferred(inputs)
         *down, mid = self.engine(inputs).values()
         return down, mid
@@ -154,10 +179,10 @@ class EngineControlNet(ControlNetModel):  # type: ignore[misc]
 
 
 class EngineUNet(EngineModule):
-    """``UNet2DConditionModel`` for the denoising loop; hands taps to ``observer`` when there is one."""
+    """``UNet2DConditionModel`` for the denoising loop; hands what its observer wants to it."""
 
-    observer: Callable[[Tensor, dict[str, Tensor]], None] | None = None
-    graphs: StepGraphs | None = None
+    observer: Observer | None = None
+    step_graphs: StepGraphs | None = None
 
     def forward(
         self,
@@ -171,7 +196,23 @@ class EngineUNet(EngineModule):
         added_cond_kwargs: dict[str, Any] | None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """``(noise_pred,)``. The last three are always None here: the pipeline refuses the options behind them."""
+        """Predict the noise.
+
+        Args:
+            sample: latents ``[B,4,h,w]``.
+            timestep: one number for all samples.
+            encoder_hidden_states: prompt embeddings ``[B,S,D]``.
+            down_block_additional_residuals: the ControlNet's, ``[B,C,h/s,w/s]`` each; empty if the next one is
+                ``Deferred``.
+            mid_block_additional_residual: likewise.
+            timestep_cond: always None, like the two behind it: the pipeline refuses the options that set them.
+            cross_attention_kwargs: always None.
+            added_cond_kwargs: always None.
+            return_dict: always False.
+
+        Returns:
+            ``(noise_pred,)``, ``[B,4,h,w]``.
+        """
         time = as_timestep(timestep, sample.device)
         inputs = {"sample": sample, "timestep": time, "prompt_embeds": encoder_hidden_states}
         deferred = None
@@ -180,9 +221,10 @@ class EngineUNet(EngineModule):
         else:
             inputs |= {f"down_residual_{i}": r for i, r in enumerate(down_block_additional_residuals)}
             inputs["mid_residual"] = mid_block_additional_residual
-        wanted = None if self.observer else ["noise_pred"]
-        found = self.graphs(inputs, deferred, wanted) if self.graphs else self.engine(inputs, wanted)
-        if self.observer:
+        read = self.observer.next_call() if self.observer else ()
+        wanted = ["noise_pred", *read]
+        found = self.step_graphs(inputs, deferred, wanted) if self.step_graphs else self.engine(inputs, wanted)
+        if self.observer and read:
             self.observer(time, found)
         return (found["noise_pred"],)
 

@@ -1,112 +1,150 @@
-"""From a bundle to any number of pictures and one report; what ``icexport generate`` does between input and output."""
+"""Any number of pictures from one request, split into calls that the pipeline takes, each with its own seed."""
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from torch import Tensor
 
-from icexport.bundle.store import Bundle
 from icexport.errors import UsageError
 from icexport.fidelity.report import FidelityReport
-from icexport.host.pictures import Fit, fit, pad, read_picture
-from icexport.runtime.pipeline import InnerControlPipeline
-from icexport.runtime.schedulers import scheduler_class
+from icexport.graphs.profile import SizeRange
+from icexport.runtime.controlled import Controlled
 
 
-def batches(bundle: Bundle, count: int) -> list[int]:
-    """Split ``count`` pictures into calls that the bundle takes, as even as possible.
+@dataclass(frozen=True)
+class Request:
+    """What to draw.
 
-    Raises:
-        UsageError: it cannot be done.
+    Attributes:
+        prompt: one for all pictures, or one for each.
+        seeds: of the pictures, in their order; a picture depends on its own only, however they are split into calls.
+        negative_prompt: what to avoid.
+        steps: denoising steps.
+        guidance_scale: weight of the prompt; 1: no guidance.
+        controlnet_scale: weight of the control; 0: off.
     """
-    allowed = bundle.manifest.profile.batch
-    calls = -(-count // allowed.max)
-    sizes = [count // calls + (i < count % calls) for i in range(calls)]
-    if sizes[-1] < allowed.min:
-        raise UsageError(
-            f"--num-images {count} cannot be split into calls of {allowed} pictures, as {bundle.path} takes them. "
-            f"Give a multiple of {allowed.min}, or build with --batch-size 1:1:4."
-        )
-    return sizes
+
+    prompt: str | Sequence[str]
+    seeds: Sequence[int]
+    negative_prompt: str = ""
+    steps: int = 20
+    guidance_scale: float = 7.5
+    controlnet_scale: float = 1.0
 
 
-def control_picture(
-    bundle: Bundle,
-    source: Path,
-    ready: bool,
-    size: tuple[int, int],
-    how: Fit,
-    options: Mapping[str, float],
-) -> Image:
-    """A file as a control map of ``size`` (width, height): a ``ready`` one as it is, else extracted from the picture.
+@dataclass(frozen=True)
+class Drawn:
+    """Some or all pictures of a request.
 
-    Raises:
-        UsageError: the file cannot be read, or the condition lacks an option.
+    Attributes:
+        pictures: float32 ``[N,3,H,W]`` in [0,1] on the CPU.
+        report: how well they follow their control maps; None where it was not asked for.
     """
-    if not ready:
-        condition = bundle.condition(**options)
-        # Padded after the extraction, or the edge of the padding would be in the map.
-        return pad(condition.extract(fit(read_picture(source), *size, how)), *size)
-    if options:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in options)
-        raise UsageError(f"{flags} belongs to the extraction from --image; a --control-map is used as it is.")
-    return pad(fit(read_picture(source, transparent="black"), *size, how), *size)
 
+    pictures: Tensor
+    report: FidelityReport | None
 
-def load(bundle: Bundle, backend: str, device: str | None, scheduler: str | None) -> InnerControlPipeline:
-    """The pipeline of a bundle, with its own or a named scheduler.
+    @property
+    def checked(self) -> FidelityReport:
+        """The report of pictures that were checked.
 
-    Raises:
-        UsageError: no such scheduler, none for this model (those that fit are listed), or one without its library.
-    """
-    pipe = InnerControlPipeline.from_pretrained(bundle, backend=backend, device=device)
-    if scheduler is not None:
-        wanted = scheduler_class(scheduler)
-        if wanted not in pipe.scheduler.compatibles:
-            names = ", ".join(sorted(kind.__name__ for kind in pipe.scheduler.compatibles))
-            raise UsageError(f"--scheduler {scheduler} does not fit this model. Those that do: {names}.")
-        try:
-            pipe.scheduler = wanted.from_config(pipe.scheduler.config)
-        except ImportError as error:  # a scheduler that needs another library
-            raise UsageError(f"--scheduler {scheduler}: {' '.join(str(error).split())}") from error
-    hidden = not sys.stderr.isatty() or not logging.getLogger("icexport").isEnabledFor(logging.INFO)
-    pipe.set_progress_bar_config(disable=hidden, leave=False)
-    return pipe
+        Raises:
+            UsageError: they were not.
+        """
+        if self.report is None:
+            raise UsageError("These pictures were drawn without a fidelity check.")
+        return self.report
 
 
 def draw(
-    pipe: InnerControlPipeline, control: Image, seed: int, sizes: list[int], settings: dict[str, Any]
-) -> tuple[list[Image], FidelityReport]:
-    """All pictures and one report for them; picture i has the seed ``seed + i``, however they are split into calls."""
-    images: list[Image] = []
-    reports: list[FidelityReport] = []
-    seeds = iter(range(seed, seed + sum(sizes)))
-    for size in sizes:
+    pipe: Any,
+    control_maps: Tensor,
+    request: Request,
+    *,
+    calls: SizeRange,
+    check_fidelity: bool | Collection[int] = False,
+    callback: Callable[..., dict[str, Tensor]] | None = None,
+) -> Drawn:
+    """Draw all pictures of a request; arguments and errors are those of ``draw_calls``."""
+    parts = list(
+        draw_calls(pipe, control_maps, request, calls=calls, check_fidelity=check_fidelity, callback=callback)
+    )
+    reports = [part.report for part in parts if part.report is not None]
+    return Drawn(torch.cat([part.pictures for part in parts]), joined(reports) if reports else None)
+
+
+def draw_calls(
+    pipe: Any,
+    control_maps: Tensor,
+    request: Request,
+    *,
+    calls: SizeRange,
+    check_fidelity: bool | Collection[int] = False,
+    callback: Callable[..., dict[str, Tensor]] | None = None,
+) -> Iterator[Drawn]:
+    """Draw the pictures of a request, a call at a time.
+
+    Args:
+        pipe: a pipeline of ours, or diffusers' own one, which knows nothing of fidelity.
+        control_maps: ``[N,3,H,W]`` in [0,1], one for each picture, or ``[1,3,H,W]`` for all of them.
+        request: what to draw.
+        calls: how many pictures one call takes. Where fewer are left, the last one is drawn again and thrown away.
+        check_fidelity: as the pipeline takes it; only for a pipeline of ours.
+        callback: called at the end of every step, as diffusers does.
+
+    Yields:
+        The pictures of each call, in the order of the seeds.
+
+    Raises:
+        UsageError: the control maps or prompts do not fit the seeds; or as the pipeline.
+    """
+    count = len(request.seeds)
+    single = isinstance(request.prompt, str) and len(control_maps) == 1
+    prompts = [request.prompt] * count if isinstance(request.prompt, str) else request.prompt
+    if len(control_maps) not in (1, count) or len(prompts) != count:
+        raise UsageError(f"{count} seeds, but {len(control_maps)} control maps and {len(prompts)} prompts.")
+    options: dict[str, Any] = {"check_fidelity": check_fidelity} if isinstance(pipe, Controlled) else {}
+    for index in split_calls(count, calls):
+        padded = [*index, *[index[-1]] * max(0, calls.min - len(index))]
         found: Any = pipe(
-            settings["prompt"],
-            image=control,
-            num_inference_steps=settings["steps"],
-            guidance_scale=settings["guidance_scale"],
-            negative_prompt=settings["negative_prompt"],
-            num_images_per_prompt=size,
-            generator=[torch.Generator().manual_seed(next(seeds)) for _ in range(size)],
-            controlnet_conditioning_scale=settings["controlnet_scale"],
+            request.prompt if single else [prompts[i] for i in padded],
+            image=control_maps if len(control_maps) == 1 else control_maps[padded],
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            negative_prompt=request.negative_prompt if single else [request.negative_prompt] * len(padded),
+            num_images_per_prompt=len(padded) if single else 1,
+            # On the CPU, whose random numbers are the same everywhere.
+            generator=[torch.Generator().manual_seed(request.seeds[i]) for i in padded],
+            controlnet_conditioning_scale=request.controlnet_scale,
+            output_type="pt",
+            callback_on_step_end=callback,
+            **options,
         )
-        images += found.images
-        reports.append(found.fidelity)
-    return images, _joined(reports)
+        report = found.fidelity.first(len(index)) if options and found.fidelity is not None else None
+        yield Drawn(found.images[: len(index)].float().cpu(), report)
 
 
-def _joined(reports: list[FidelityReport]) -> FidelityReport:
-    """The reports of several calls as one."""
-    scores = [score for report in reports for score in report.scores or []]
+def split_calls(count: int, calls: SizeRange) -> Iterator[list[int]]:
+    """Indices of the pictures of each call, as even as possible."""
+    number = -(-count // calls.max)
+    start = 0
+    for i in range(number):
+        size = count // number + (i < count % number)
+        yield list(range(start, start + size))
+        start += size
+
+
+def joined(reports: list[FidelityReport]) -> FidelityReport:
+    """The reports of several calls as one; a heat map would be of the last call only, and is left out."""
+    if len(reports) == 1:
+        return reports[0]
+    scores = None
+    if all(report.scores is not None for report in reports):
+        scores = [score for report in reports for score in report.scores or []]
     steps = [
         replace(first, errors=[error for report in reports for error in report.steps[i].errors])
         for i, first in enumerate(reports[0].steps)

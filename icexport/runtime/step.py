@@ -13,9 +13,7 @@ from torch import Tensor
 
 from engines.base import Engine
 from engines.capture import CapturedCall, CudaRecorder, Recorder
-from icexport.errors import UnsupportedOptionError
 
-_CAPTURABLE = ("tensorrt", "tensorrt-rtx", "torch")
 _CONTROLNET = "controlnet."
 _NOISE = "noise_pred"
 
@@ -38,17 +36,9 @@ class StepGraphs:
         controlnet: its engine.
         unet: its engine.
         record: what records; None: CUDA graphs that share their memory.
-
-    Raises:
-        UnsupportedOptionError: the engines cannot be captured: on a CPU, or of a backend that waits for the GPU.
     """
 
     def __init__(self, controlnet: Engine, unet: Engine, record: Recorder | None = None) -> None:
-        if record is None and (unet.device.type != "cuda" or unet.backend not in _CAPTURABLE):
-            raise UnsupportedOptionError(
-                f"cuda_graph=True: {unet.backend} on {unet.device} cannot be captured in a CUDA graph. Use one of "
-                f"{', '.join(_CAPTURABLE)} on a CUDA device, or leave it out."
-            )
         self._controlnet = controlnet
         self._unet = unet
         self._record = record or CudaRecorder()

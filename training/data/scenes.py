@@ -8,7 +8,6 @@ Scene ``i`` is a function of ``i`` alone; held-out scenes have indices from `HEL
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+
+from icexport.host.files import whole
 
 SIZE = 64
 """Height and width of a scene, in pixels."""
@@ -125,9 +126,8 @@ def prepare(cache: Path, count: int, workers: int = 2) -> SceneSet:
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         found = render_many(range(count), workers)
-        partial = path.with_name(f".{os.getpid()}-{path.name}")  # several processes may prepare at once
-        np.savez_compressed(partial, images=found.images, depth=found.depth, captions=np.array(found.captions))
-        partial.replace(path)
+        with whole(path) as partial:  # several processes may prepare at once
+            np.savez_compressed(partial, images=found.images, depth=found.depth, captions=np.array(found.captions))
     with np.load(path) as data:
         return SceneSet(data["images"], data["depth"], data["captions"].tolist())
 

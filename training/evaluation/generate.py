@@ -12,20 +12,24 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-from diffusers import StableDiffusionControlNetPipeline
 from PIL import Image
 
 from icexport.bundle.store import Bundle
 from icexport.errors import UsageError
-from icexport.host.pictures import save_png, to_pixels
-from icexport.models.dtypes import DTYPES
+from icexport.graphs.profile import SizeRange
+from icexport.host.files import write_whole
+from icexport.host.pictures import save_png, to_image, to_pixels
 from icexport.models.loading import ModelSource
+from icexport.models.precision import precision
 from icexport.progress import Progress
+from icexport.runtime.drawing import Request, draw
+from icexport.runtime.eager import load_eager
 from icexport.runtime.pipeline import InnerControlPipeline
-from icexport.runtime.schedulers import scheduler_class
+from icexport.runtime.schedulers import choose_scheduler, load_scheduler
 
 SETTINGS = "settings.json"
-UNIPC = "UniPCMultistep"
+ANY_NUMBER = SizeRange(1, 1, 1 << 30)
+"""Pictures in one call of diffusers' own pipeline."""
 PAPER_NEGATIVE_PROMPT = "worst quality, low quality"
 
 
@@ -74,35 +78,29 @@ class Sampler:
         source: what was loaded, for people.
         key: hash of the weights; samplers of equal key, dtype and sampling draw the same.
         size: (height, width) in pixels.
-        batches: smallest and largest number of pictures in one call.
+        calls: numbers of pictures that one call takes.
     """
 
     pipe: Any
     source: dict[str, Any]
     key: str
     size: tuple[int, int]
-    batches: tuple[int, int | None] = (1, None)
+    calls: SizeRange = ANY_NUMBER
 
     def draw(
         self, captions: list[str], controls: torch.Tensor, seeds: list[int], sampling: Sampling, scale: float
     ) -> list[Image.Image]:
         """One picture for each caption, control map ``[N,3,H,W]`` in [0,1] and seed."""
-        count = len(captions)
-        # A bundle may demand more pictures than are left to draw: the last one again, which is thrown away.
-        index = [*range(count), *[count - 1] * max(0, self.batches[0] - count)]
-        more = {"check_fidelity": False} if isinstance(self.pipe, InnerControlPipeline) else {}
-        images = self.pipe(
-            [captions[i] for i in index],
-            image=controls[index].to(self.pipe.device),
-            num_inference_steps=sampling.steps,
+        request = Request(
+            captions,
+            seeds,
+            negative_prompt=sampling.negative_prompt,
+            steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
-            negative_prompt=[sampling.negative_prompt] * len(index),
-            # On the CPU, whose random numbers are the same everywhere.
-            generator=[torch.Generator().manual_seed(seeds[i]) for i in index],
-            controlnet_conditioning_scale=scale,
-            **more,
-        ).images
-        return images[:count]
+            controlnet_scale=scale,
+        )
+        drawn = draw(self.pipe, controls.to(self.pipe.device), request, calls=self.calls)
+        return [to_image(picture) for picture in drawn.pictures]
 
 
 def load_model(
@@ -130,21 +128,9 @@ def load_model(
         CheckpointError: weights that are missing or damaged.
     """
     source = ModelSource.find(condition, model, controlnet, "none")
-    kind = DTYPES[dtype]
-    unet, vae = source.unet(kind), source.vae(kind)
-    pipe = StableDiffusionControlNetPipeline(
-        vae=vae,
-        text_encoder=source.text_encoder(kind),
-        tokenizer=source.tokenizer(),
-        unet=unet,
-        controlnet=source.controlnet_model(kind),
-        scheduler=_scheduler(source.base, sampling.scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(device or "cpu")
-    pipe.set_progress_bar_config(disable=True)
-    side = unet.config.sample_size * pipe.vae_scale_factor
+    scheduler = choose_scheduler(sampling.scheduler, load_scheduler(source.base / "scheduler"))
+    pipe = load_eager(source, precision(dtype).torch, scheduler, device or "cpu")
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     given = {"model": model, "controlnet": controlnet, "dtype": dtype}
     key = hashlib.sha256(json.dumps(source.files, sort_keys=True).encode()).hexdigest()
     return Sampler(pipe, given, key, size or (side, side))
@@ -160,12 +146,12 @@ def load_bundle(
     """A bundle's pipeline. Arguments and errors as `load_model`'s and those of `InnerControlPipeline`."""
     bundle = Bundle(path)
     pipe = InnerControlPipeline.from_pretrained(bundle, backend=backend, device=device)
-    pipe.scheduler = _scheduler(bundle.path, sampling.scheduler)
+    pipe.scheduler = choose_scheduler(sampling.scheduler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     profile = bundle.manifest.profile
     source = {"bundle": str(path), "backend": pipe.backend, "dtype": bundle.manifest.dtype}
     usual = profile.height.opt, profile.width.opt
-    return Sampler(pipe, source, bundle.manifest.key, size or usual, (profile.batch.min, profile.batch.max))
+    return Sampler(pipe, source, bundle.manifest.key, size or usual, profile.batch)
 
 
 def picture_seed(seed: int, condition_id: str, group: int) -> int:
@@ -194,7 +180,7 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(settings, indent=2) + "\n")
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -244,7 +230,7 @@ def draw_missing(
     folder.mkdir(parents=True, exist_ok=True)
     todo = [job for job in itertools.product(items, range(groups)) if not _is_drawn(folder, *job, sampling)]
     drawn = 0
-    for batch in _batches(todo, min(batch_size, sampler.batches[1] or batch_size)):
+    for batch in _batches(todo, min(batch_size, sampler.calls.max)):
         progress(folder.name, drawn / len(todo))
         controls = torch.cat([to_pixels(open_picture(item.control)) for item, _ in batch])
         texts = [_text(item, group, sampling) for item, group in batch]
@@ -269,35 +255,11 @@ def open_picture(path: Path) -> Image.Image:
         raise UsageError(f"{path} cannot be read as a picture: {error}. Delete it to have it made again.") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def sampling_settings(sampler: Sampler, sampling: Sampling) -> dict[str, Any]:
     """Everything that a picture depends on besides its condition."""
     scheduler = type(sampler.pipe.scheduler).__name__
     more = {"scheduler": scheduler, "size": list(sampler.size), "dtype": sampler.source["dtype"]}
     return {"weights": sampler.key, **asdict(sampling), **more}
-
-
-def _scheduler(folder: Path, name: str) -> Any:
-    """The scheduler of this name, with the noise schedule of the model in ``folder``."""
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    own = scheduler_class(config["_class_name"]).from_config(config)
-    wanted = scheduler_class(UNIPC if name.lower() == "unipc" else name)
-    if wanted not in own.compatibles:
-        names = ", ".join(sorted(kind.__name__.removesuffix("Scheduler") for kind in own.compatibles))
-        raise UsageError(f"--scheduler {name} does not fit this model. Those that do: unipc, {names}.")
-    try:
-        return wanted.from_config(own.config)
-    except ImportError as error:  # a scheduler that needs another library
-        raise UsageError(f"--scheduler {name}: {' '.join(str(error).split())}") from error
 
 
 def _text(item: Item, group: int, sampling: Sampling) -> dict[str, str]:

@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image
 
 from icexport.conditions.base import Condition
+from icexport.host.files import write_whole
 from icexport.host.pictures import to_image, to_pixels
-from training.evaluation.generate import Item, open_picture, picture_path, write_atomically
+from training.evaluation.generate import Item, open_picture, picture_path
 from training.evaluation.metrics import METRICS, read
 
 SHOWN = 4
@@ -90,7 +91,7 @@ equal data only.</p>
 <h2>Settings</h2>{_table(("", ""), _settings(result))}
 </body></html>
 """
-    write_atomically(path, page)
+    write_whole(path, page)
 
 
 def select(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,8 @@ from icexport.conditions import Hed
 from icexport.conditions.base import Condition
 from icexport.conditions.hed import installed_weights
 from icexport.errors import ConditionError, UsageError
-from icexport.host.files import sha256
+from icexport.host.files import finite, sha256, write_whole
+from icexport.host.versions import version_of
 from icexport.progress import Progress, silent
 from training.data.config import DataConfig
 from training.evaluation.features import ClipScore, FeatureExtractor, HedVgg16, Inception
@@ -30,7 +29,6 @@ from training.evaluation.generate import (
     draw_missing,
     picture_seed,
     sampling_settings,
-    write_atomically,
 )
 from training.evaluation.prepare import prepare
 from training.evaluation.report import write_report
@@ -138,15 +136,15 @@ def evaluate(
     result = {
         "settings": {**(sampler.source if sampler else {"pictures": str(pictures)}), **settings},
         "extractor": describe_extractor(config.condition),
-        "versions": {"icexport": __version__, **{name: _version(name) for name in _PACKAGES}},
+        "versions": {"icexport": __version__, **{name: version_of(name) for name in _PACKAGES}},
         "data": {**held_out.counts, "control_column": config.data.control_column, "pictures": len(items) * groups},
         "metrics": summarise(config.condition, items, groups, judged, config.sampling.seed),
         "image_statistics": {**statistics(extractors, held_out.features, judged), **absent},
         "pictures": _rows(config, items, judged, drawn=sampler is not None),
     }
-    result = _finite(result)
+    result = finite(result)
     config.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.output / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_whole(config.output / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_report(config.output / REPORT, result, config.condition, items, folders, config.device)
     return result
 
@@ -226,19 +224,3 @@ def _rows(
             row["chance"] = {metric: float(values[place]) for metric, values in judged["control"].chance.items()}
             rows.append(row)
     return rows
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _finite(value: Any) -> Any:
-    """As ``value``, but null where a number is NaN or infinite, which JSON lacks."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

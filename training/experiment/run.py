@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UniPCMultistepScheduler
+from diffusers import ControlNetModel
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from icexport.fidelity.metrics import depth_rmse
+from icexport.graphs.profile import SizeRange
+from icexport.host.files import write_whole
+from icexport.runtime.drawing import Request
+from icexport.runtime.drawing import draw as draw_request
+from icexport.runtime.eager import eager_pipeline
+from icexport.runtime.schedulers import choose_scheduler
 from training.experiment.recipe import Arm, ProbeKind
 from training.experiment.setting import Setting
 from training.loop.trainer import train
@@ -103,9 +109,7 @@ def _rounded(rows: Tensor) -> list[list[float]]:
 def save(result: dict[str, Any], folder: Path) -> None:
     """Write ``result.json``, which marks a run as finished."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{RESULT}"
-    temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    temporary.replace(folder / RESULT)
+    write_whole(folder / RESULT, json.dumps(result) + "\n")
 
 
 def judge(setting: Setting, controlnet: ControlNetModel | None, folder: Path) -> dict[str, Any]:
@@ -133,34 +137,24 @@ def judge(setting: Setting, controlnet: ControlNetModel | None, folder: Path) ->
 def draw(setting: Setting, controlnet: ControlNetModel, scale: float) -> Tensor:
     """A picture ``[N,3,H,W]`` in [0,1] for every held-out condition; picture i has seed i."""
     models, data, recipe = setting.models, setting.held_out, setting.recipe
-    pipe = StableDiffusionControlNetPipeline(
+    pipe = eager_pipeline(
+        unet=models.unet,
         vae=models.vae,
         text_encoder=models.text_encoder,
         tokenizer=models.tokenizer,
-        unet=models.unet,
         controlnet=controlnet.to(models.unet.device),
-        scheduler=UniPCMultistepScheduler.from_config(models.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        scheduler=choose_scheduler("unipc", models.scheduler),
     )
-    pipe.set_progress_bar_config(disable=True)
-    found = []
-    for start in range(0, len(data.captions), BATCH):
-        rows = slice(start, start + BATCH)
-        maps = (data.maps[rows].float() / 255)[:, None].expand(-1, 3, -1, -1)
-        with torch.autocast(models.unet.device.type, torch.bfloat16):
-            images = pipe(
-                data.captions[rows],
-                image=maps,
-                num_inference_steps=recipe.steps,
-                guidance_scale=recipe.guidance_scale,
-                controlnet_conditioning_scale=scale,
-                generator=[torch.Generator().manual_seed(start + i) for i in range(len(maps))],
-                output_type="pt",
-            ).images
-        found.append(images.float().cpu())
-    return torch.cat(found)
+    maps = (data.maps.float() / 255)[:, None].expand(-1, 3, -1, -1)
+    request = Request(
+        data.captions,
+        range(len(data.captions)),
+        steps=recipe.steps,
+        guidance_scale=recipe.guidance_scale,
+        controlnet_scale=scale,
+    )
+    with torch.autocast(models.unet.device.type, torch.bfloat16):
+        return draw_request(pipe, maps, request, calls=SizeRange(1, BATCH, BATCH)).pictures
 
 
 def probe_rows(

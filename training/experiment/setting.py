@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from icexport import conditions
 from icexport.conditions import Condition
+from icexport.host.files import whole
 from icexport.models.probe import InnerControlProbe
 from icexport.reference import reference_path
 from training.data.drawn import Draw, DrawnBatches
@@ -149,9 +149,8 @@ class Setting:
             maps = (255 * torch.cat(extracted)).round().byte()
         latents = torch.cat([self.models.encode(chunk.float() / 255, None) for chunk in chunks])
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_name(f".{os.getpid()}-{cache.name}")  # several runs may be at it at once
-        save_file({"maps": maps.contiguous(), "latents": latents}, partial)
-        partial.replace(cache)
+        with whole(cache) as partial:  # several runs may be at it at once
+            save_file({"maps": maps.contiguous(), "latents": latents}, partial)
         return Pictures(pixels, captions=scenes.captions, maps=maps, latents=latents)
 
     @torch.no_grad()

@@ -13,10 +13,8 @@ written beside its place, flushed to the disk and renamed. Until then the one be
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from icexport.errors import CheckpointError, IcexportError
-from icexport.host.files import sha256
+from icexport.host.files import replacing, sha256
 
 FORMAT = 1
 STATE = "state.json"
@@ -146,46 +144,10 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``target`` if the block ends well, and vanishes otherwise.
-
-    Yields:
-        The folder, beside ``target``.
-
-    Raises:
-        OSError: the disk is full or refuses; ``target`` is as it was.
-    """
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in (p for p in partial.rglob("*") if p.is_file()):
-            with path.open("rb+") as file:
-                os.fsync(file)
-        if target.exists():
-            _remove(target)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    _sync_folder(target.parent)
-
-
 def _remove(folder: Path) -> None:
     """Remove ``folder``; a crash in between leaves no half of it under its name."""
     retired = folder.rename(folder.with_name(f".{folder.name}.partial-old"))
     shutil.rmtree(retired, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):  # Windows has no handle of a folder, and needs none
-        return
-    descriptor = os.open(folder, os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def gather_model(model: nn.Module) -> dict[str, Tensor]:

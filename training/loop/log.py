@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
+from icexport.host.files import write_whole
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -106,6 +108,4 @@ def _drop_rows(path: Path, last: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= last), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(line for line in whole if json.loads(line)["step"] <= last))

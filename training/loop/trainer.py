@@ -33,7 +33,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from icexport.errors import UsageError
-from training.loop.checkpoint import Checkpoints, gather_model, gather_optimizer, replacing, restore
+from icexport.host.files import replacing
+from training.loop.checkpoint import Checkpoints, gather_model, gather_optimizer, restore
 from training.loop.config import TrainerConfig
 from training.loop.ema import Ema
 from training.loop.log import TrainingLog

@@ -22,7 +22,7 @@ from icexport.models.probe import InnerControlProbe
 from icexport.models.taps import Taps
 from training.loop.task import Task
 from training.tasks.extractors import RewardExtractor, reward_extractor
-from training.tasks.frozen import BaseModels, Frozen, Noised, check_fit, noised, read, residuals
+from training.tasks.frozen import BaseModels, Frozen, Noised, noised, read, residuals
 from training.tasks.losses import LossConfig, alignment_loss, diffusion_loss, predict_original, reward_loss
 from training.tasks.validation import Validation
 
@@ -62,7 +62,7 @@ class ControlNetTask(Task):
         super().__init__()
         if loss.beta and probe is None:
             raise UsageError(f"The alignment loss (beta = {loss.beta}) reads the control with a probe: give one.")
-        check_fit(models, condition.name, controlnet, probe if loss.beta else None)
+        models.check_fit(condition.name, controlnet, probe if loss.beta else None)
         controlnet.register_to_config(_name_or_path="")  # no folder of this machine in what is saved
         self.controlnet = controlnet.float().train().requires_grad_(True)
         self._loss = loss

@@ -7,10 +7,9 @@ and the optimiser see the trained network only, and a copy of a task shares the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,17 +19,13 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from icexport.conditions import Condition
-from icexport.errors import CheckpointError, UnsupportedOptionError
 from icexport.models import loading
+from icexport.models.fit import check_fit
 from icexport.models.probe import InnerControlProbe
-from icexport.models.sizes import residual_channels, size_multiple, vae_factor
-from icexport.models.taps import Taps
-from icexport.reference import reference_path
+from icexport.models.sizes import size_multiple, vae_factor
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)
 """Widths of a ControlNet's control map embedding, which halves the map from each to the next: factor 8 in all."""
-
-_UNSUPPORTED = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 
 
 @dataclass
@@ -55,6 +50,24 @@ class BaseModels:
         """Lets float32 networks and latents meet networks of a half type, outside of the trainer."""
         half = self.unet.dtype != torch.float32
         return torch.autocast(self.unet.device.type, self.unet.dtype if half else None, enabled=half)
+
+    @property
+    def configs(self) -> dict[str, Mapping[str, Any]]:
+        """Configs of the networks, as ``icexport.models.fit`` compares them."""
+        return {
+            "unet": self.unet.config,
+            "vae": self.vae.config,
+            "text_encoder": self.text_encoder.config.to_dict(),
+        }
+
+    def check_fit(self, condition: str, controlnet: ControlNetModel | None, probe: InnerControlProbe | None) -> None:
+        """Refuse networks that do not belong to this base model, before anything is trained.
+
+        Raises:
+            CheckpointError: listing everything that does not fit.
+        """
+        configs = self.configs | ({} if controlnet is None else {"controlnet": controlnet.config})
+        check_fit(configs, condition, None if probe is None else probe.config)
 
     @property
     def steps(self) -> int:
@@ -230,11 +243,10 @@ def read(probe: InnerControlProbe, models: BaseModels, taps: list[Tensor], times
 
     The embedding is that of the timestep that the probe was made for (``ProbeConfig.timestep_convention``).
     """
-    unet, mirrored = models.unet, probe.config.timestep_convention == "mirrored"
-    embedding = None
+    unet, embedding = models.unet, None
     if probe.config.time_embed_dim is not None:
         with torch.no_grad():
-            projected = unet.time_proj(models.steps - timesteps if mirrored else timesteps)
+            projected = unet.time_proj(probe.config.read_timestep(timesteps, models.steps))
             embedding = unet.time_embedding(projected.to(unet.dtype)).float()
     with torch.autocast(timesteps.device.type, enabled=False):
         reading: Tensor = probe([tap.float() for tap in taps], embedding)
@@ -260,10 +272,9 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> BaseModels:
         dtype: of all networks.
 
     Raises:
-        CheckpointError: a part is missing, damaged, or of another layout.
-        UnsupportedOptionError: the UNet takes more than latents, a timestep and one text encoder's embeddings.
+        CheckpointError: a part is missing, damaged, of another layout, or of a kind that cannot be trained on.
     """
-    folder = base_folder(name)
+    folder, family = loading.find_base(name)
     models = BaseModels(
         unet=loading.load_unet(folder / "unet", dtype),
         vae=loading.load_vae(folder / "vae", dtype),
@@ -272,32 +283,8 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> BaseModels:
         # Files of samplers do not name clip_sample, whose default clips latents.
         scheduler=DDPMScheduler.from_config(DDPMScheduler.load_config(folder / "scheduler"), clip_sample=False),
     )
-    unet, vae = models.unet.config, models.vae.config
-    problems = [f"{key} = {unet[key]!r}" for key in _UNSUPPORTED if unet.get(key)]
-    if unet["in_channels"] != vae["latent_channels"]:
-        problems.append(f"{unet['in_channels']} input channels for latents of {vae['latent_channels']}")
-    if problems:
-        raise UnsupportedOptionError(
-            f"The UNet of {name} has {', '.join(problems)}. Training takes models of the layout of Stable Diffusion 1 "
-            "and 2: not SDXL, inpainting or class-conditional ones."
-        )
+    check_fit(models.configs, condition="", family=family)
     return models
-
-
-def base_folder(name: str) -> Path:
-    """Folder of a base model that is ``reference``, a folder or a Hub id.
-
-    Raises:
-        CheckpointError: it cannot be had, or lacks parts.
-    """
-    if name == loading.REFERENCE:
-        return reference_path()
-    folder = loading.locate(name, loading.BASE_PARTS)
-    files = [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
-    files += ["tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"]
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        raise CheckpointError(f"{name} is not a Stable Diffusion folder of diffusers: it lacks {', '.join(missing)}.")
-    return folder
 
 
 def new_controlnet(models: BaseModels) -> ControlNetModel:
@@ -308,42 +295,3 @@ def new_controlnet(models: BaseModels) -> ControlNetModel:
     halvings = vae_factor(models.vae.config).bit_length() - 1
     channels = tuple(EMBEDDING_CHANNELS[min(i, len(EMBEDDING_CHANNELS) - 1)] for i in range(halvings + 1))
     return ControlNetModel.from_unet(models.unet, conditioning_embedding_out_channels=channels).float()
-
-
-def check_fit(
-    models: BaseModels, condition: str, controlnet: ControlNetModel | None, probe: InnerControlProbe | None
-) -> None:
-    """Refuse networks that do not belong together, before anything is trained.
-
-    Raises:
-        CheckpointError: listing what was found and what was expected.
-    """
-    unet = models.unet
-    pairs: list[tuple[str, object, object]] = []
-    if controlnet is not None:
-        theirs, ours = controlnet.config, unet.config
-        pairs += [
-            ("ControlNet: latent channels", theirs["in_channels"], ours["in_channels"]),
-            ("ControlNet: text width", theirs["cross_attention_dim"], ours["cross_attention_dim"]),
-            ("ControlNet: residuals", residual_channels(theirs), residual_channels(ours)),
-            (
-                "ControlNet: pixels per latent cell",
-                2 ** (len(theirs["conditioning_embedding_out_channels"]) - 1),
-                vae_factor(models.vae.config),
-            ),
-        ]
-    if probe is not None:
-        config = probe.config
-        pairs += [
-            ("probe: condition", config.condition or condition, condition),
-            (f"probe: channels of the {config.tap_kind!r} taps", config.dims, Taps(unet, config.tap_kind).dims),
-        ]
-        if config.time_embed_dim is not None:
-            width = unet.time_embedding.linear_2.out_features
-            pairs.append(("probe: width of the time embedding", config.time_embed_dim, width))
-    problems = [f"{what} is {got}, expected {wanted}" for what, got, wanted in pairs if got != wanted]
-    if problems:
-        raise CheckpointError(
-            f"These networks do not work together: {'; '.join(problems)}. Choose those that were made for this base "
-            "model and condition, or train new ones."
-        )

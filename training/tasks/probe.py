@@ -20,7 +20,7 @@ from icexport.conditions import Condition
 from icexport.models.probe import InnerControlProbe, Normaliser, ProbeConfig
 from icexport.models.taps import TapKind, Taps
 from training.loop.task import Task
-from training.tasks.frozen import BaseModels, Frozen, check_fit, noised, probe_target, read, residuals
+from training.tasks.frozen import BaseModels, Frozen, noised, probe_target, read, residuals
 from training.tasks.losses import balanced_mse
 
 BINS = 10
@@ -98,7 +98,7 @@ class ProbeTask(Task):
         text_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_fit(models, condition.name, controlnet, probe)
+        models.check_fit(condition.name, controlnet, probe)
         self.probe = probe.float().train().requires_grad_(True)
         if probe.config.time_embed_dim is None:  # official files can hold time layers that never run
             for name, parameter in self.probe.named_parameters():

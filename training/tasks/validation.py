@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UniPCMultistepScheduler
+from diffusers import ControlNetModel
 from torch import Tensor
 
 from icexport.conditions import Condition
 from icexport.errors import ConditionError, UsageError
+from icexport.graphs.profile import SizeRange
 from icexport.host.pictures import to_image, to_pixels
+from icexport.runtime.drawing import Request, draw
+from icexport.runtime.eager import eager_pipeline
+from icexport.runtime.schedulers import choose_scheduler
 from training.data.config import DataConfig
 from training.data.records import records
 from training.tasks.frozen import BaseModels, control_maps
@@ -115,28 +119,19 @@ class Validation:
     def _draw(self, controlnet: ControlNetModel) -> Tensor:
         """Pictures float32 ``[n,3,H,W]`` in [0,1] on the CPU."""
         models, config = self._models, self._config
-        pipe = StableDiffusionControlNetPipeline(
+        pipe = eager_pipeline(
+            unet=models.unet,
             vae=models.vae,
             text_encoder=models.text_encoder,
             tokenizer=models.tokenizer,
-            unet=models.unet,
             controlnet=controlnet,
-            scheduler=UniPCMultistepScheduler.from_config(models.scheduler.config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            scheduler=choose_scheduler("unipc", models.scheduler),
         )
-        pipe.set_progress_bar_config(disable=True)
+        request = Request(
+            self._prompts,
+            range(config.seed, config.seed + len(self._prompts)),
+            steps=config.steps,
+            guidance_scale=config.guidance,
+        )
         # One by one: memory has to hold the training's state, too.
-        pictures = [
-            pipe(
-                prompt,
-                image=control[None],
-                num_inference_steps=config.steps,
-                guidance_scale=config.guidance,
-                generator=torch.Generator().manual_seed(config.seed + index),
-                output_type="pt",
-            ).images
-            for index, (prompt, control) in enumerate(zip(self._prompts, self._control, strict=True))
-        ]
-        return torch.cat(pictures).float().cpu()
+        return draw(pipe, self._control, request, calls=SizeRange(1, 1, 1)).pictures

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from icexport.backends.engines import choose_backend, load_engine
-from icexport.backends.torch_eager import torch_module
+from icexport.backends.torch_modules import torch_module
 from icexport.bundle.manifest import MANIFEST_NAME
 from icexport.bundle.store import Bundle
 from icexport.errors import BundleError, DamagedBundleError
 from icexport.graphs.graph import example_inputs
 from icexport.graphs.stable_diffusion import GRAPH_NAMES
 
-SYMBOLS = {"batch": 2, "prompts": 2, "h": 4, "w": 4}
+SYMBOLS = {"samples": 2, "pictures": 2, "prompts": 2, "rows": 4, "columns": 4}
 
 
 @pytest.fixture
@@ -85,6 +85,6 @@ def test_an_engine_that_the_manifest_lost(copy: Bundle) -> None:
         load_engine(Bundle(copy.path), "probe", "torch")
 
 
-def test_unknown_modules(tmp_path: Path) -> None:
+def test_unknown_modules(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="No PyTorch module is known for the graph 'vae_encoder'"):
-        torch_module("vae_encoder", tmp_path, {}, "fp32")
+        torch_module("vae_encoder", tmp_path, Bundle(tiny_bundle).manifest)

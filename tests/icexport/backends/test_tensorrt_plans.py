@@ -14,10 +14,10 @@ import torch
 
 import engines.tensorrt.worker
 import icexport
-from engines import registry
 from engines.errors import BackendUnavailableError
 from icexport.backends.engines import built_backends, default_device, load_engine
-from icexport.backends.tensorrt import rebuild_command, refusal
+from icexport.backends.table import get
+from icexport.backends.tensorrt import TensorRt, TensorRtRtx
 from icexport.bundle.engine_store import EngineStore
 from icexport.bundle.store import Bundle
 from icexport.errors import BundleError, DamagedBundleError
@@ -36,12 +36,13 @@ def test_every_graph_has_a_plan(bundle: Bundle) -> None:
     assert {entry.graph for entry in entries.values()} == GRAPHS
     for key, entry in entries.items():
         assert (entry.backend, entry.device) == ("tensorrt-rtx", "sm_86+sm_89")
-        assert entry.version == registry.check("tensorrt-rtx").version
+        assert entry.version == get("tensorrt-rtx").check().version
         assert entry.files == [f"engines/{key}/engine.plan", f"engines/{key}/engine.json"]
         assert entry.report["precision"]["fp16"] > entry.report["precision"].get("fp32", 0)
         assert entry.report["read_from"] == "network"
         assert json.loads((bundle.path / entry.files[1]).read_text()) == entry.report
-        assert digest(entry.report["made_from"]) == key
+        assert entry.made_from == entry.report["made_from"]
+        assert digest(entry.made_from) == key
         assert (bundle.path / entry.files[0]).stat().st_size == entry.report["plan_bytes"]
     bundle.verify()
 
@@ -50,7 +51,7 @@ def test_parity_of_plans_that_cannot_run_is_open(bundle: Bundle) -> None:
     assert bundle.manifest.parity["tensorrt-rtx"] == {}
     checked = bundle.manifest.parity["simulation"]
     assert checked.keys() == GRAPHS
-    assert all(output["passed"] for graph in checked.values() for output in graph.values())
+    assert all(output.passed for graph in checked.values() for output in graph.values())
 
 
 def test_a_bundle_of_plans_wants_a_gpu(bundle: Bundle) -> None:
@@ -104,8 +105,9 @@ def flip(path: Path) -> None:
 @pytest.fixture
 def ada(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this machine had a GPU with sm_89."""
-    found = replace(registry.check("tensorrt-rtx"), usable=True, devices=("cuda",), reason="", fix="")
-    monkeypatch.setattr(registry, "check", lambda _name: found)
+    found = replace(get("tensorrt-rtx").check(), usable=True, devices=("cuda",), reason="", fix="")
+    monkeypatch.setattr(TensorRtRtx, "check", lambda _self: found)
+    monkeypatch.setattr(TensorRt, "check", lambda _self: found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 9))
 
@@ -114,13 +116,13 @@ def ada(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestRefusal:
     def test_a_plan_for_this_gpu_is_taken(self, bundle: Bundle) -> None:
         for key, entry in bundle.manifest.engines.items():
-            assert refusal(bundle, key, entry, "cuda") == ""
-            assert refusal(bundle, key, replace(entry, device="portable"), "cuda") == ""
+            assert get("tensorrt-rtx").refusal(bundle, key, entry, "cuda") == ""
+            assert get("tensorrt-rtx").refusal(bundle, key, replace(entry, device="portable"), "cuda") == ""
 
     def test_another_gpu(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (12, 0))
         key, entry = next(iter(bundle.manifest.engines.items()))
-        assert refusal(bundle, key, entry, "cuda") == (
+        assert get("tensorrt-rtx").refusal(bundle, key, entry, "cuda") == (
             "it was built for sm_86+sm_89, and cuda is NVIDIA GeForce RTX 4090 (sm_120)"
         )
         with pytest.raises(BundleError, match=r"of unet .* cannot run here: .*sm_120.*icexport build --cond canny"):
@@ -129,21 +131,25 @@ class TestRefusal:
     def test_classic_plans_are_for_one_model_of_gpu(self, bundle: Bundle) -> None:
         key, entry = next(iter(bundle.manifest.engines.items()))
         classic = replace(entry, backend="tensorrt", device="NVIDIA GeForce RTX 4090 sm_89")
-        assert refusal(bundle, key, classic, "cuda") == ""
+        assert get("tensorrt").refusal(bundle, key, classic, "cuda") == ""
         other = replace(classic, device="NVIDIA L4 sm_89")
-        assert "built for NVIDIA L4 sm_89" in refusal(bundle, key, other, "cuda")
+        assert "built for NVIDIA L4 sm_89" in get("tensorrt").refusal(bundle, key, other, "cuda")
 
     def test_another_version(self, bundle: Bundle) -> None:
         key, entry = next(iter(bundle.manifest.engines.items()))
-        assert refusal(bundle, key, replace(entry, version="1.6"), "cuda").startswith(
-            "it was built by tensorrt-rtx 1.6, and 1.7"
+        assert (
+            get("tensorrt-rtx")
+            .refusal(bundle, key, replace(entry, version="1.6"), "cuda")
+            .startswith("it was built by tensorrt-rtx 1.6, and 1.7")
         )
 
     def test_other_weights(self, bundle: Bundle) -> None:
         keys = {entry.graph: key for key, entry in bundle.manifest.engines.items()}
         wrong = replace(bundle.manifest.engines[keys["controlnet"]], graph="unet")
-        assert "made from another graph or other weights" in refusal(bundle, keys["controlnet"], wrong, "cuda")
-        assert "made from another graph" in refusal(
+        assert "made from another graph or other weights" in get("tensorrt-rtx").refusal(
+            bundle, keys["controlnet"], wrong, "cuda"
+        )
+        assert "made from another graph" in get("tensorrt-rtx").refusal(
             bundle, keys["unet"], bundle.manifest.engines[keys["controlnet"]], "cuda"
         )
 
@@ -157,26 +163,10 @@ class TestRefusal:
 
 
 def test_the_command_that_builds_it_again(bundle: Bundle, tiny_model: Path) -> None:
-    words = rebuild_command(bundle, "tensorrt-rtx").split()
+    words = bundle.manifest.rebuild_command(bundle.path, ["tensorrt-rtx"]).split()
     assert words[:5] == ["icexport", "build", "--cond", "canny", "--model"]
     assert str(tiny_model) in words
     pairs = list(pairwise(words))
     for pair in (("--backend", "tensorrt-rtx"), ("--dtype", "fp16"), ("--height", "16"), ("--batch-size", "1")):
         assert pair in pairs
     assert ("--output", str(bundle.path)) in pairs
-
-
-def test_a_bundle_of_the_first_schema_is_read(tiny_bundle: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_bundle, tmp_path / "old")
-    path = tmp_path / "old" / "icexport.json"
-    data = json.loads(path.read_text())
-    data["schema_version"] = 1
-    del data["profile"]["shapes"]
-    for graph in data["graphs"].values():
-        del graph["islands"], graph["plugin_file"]
-    for engine in data["engines"].values():
-        del engine["device"], engine["report"]
-    path.write_text(json.dumps(data))
-    old = Bundle(tmp_path / "old")
-    assert old.manifest.profile == Bundle(tiny_bundle).manifest.profile
-    load_engine(old, "probe", "onnxruntime").close()

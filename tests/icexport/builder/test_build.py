@@ -12,20 +12,22 @@ import pytest
 import torch
 
 import icexport
-from icexport.backends.torch_eager import save_torch
+from icexport.backends import table
+from icexport.backends.base import EngineRequest, PlanOptions, make_engine
+from icexport.backends.torch_modules import save_torch
 from icexport.builder import build as builder
-from icexport.builder.options import BuildSpec
-from icexport.builder.writer import BundleWriter
+from icexport.builder import writer
 from icexport.bundle.engine_store import EngineStore
-from icexport.bundle.manifest import EngineEntry, GraphEntry
-from icexport.bundle.store import Bundle, hash_files
+from icexport.bundle.records import GraphEntry, parity_json
+from icexport.bundle.store import Bundle
 from icexport.errors import BundleError, CheckpointError, UsageError
 from icexport.export.onnx import export_graph
-from icexport.graphs.graph import Graph
 from icexport.graphs.split import split
-from icexport.graphs.stable_diffusion import ControlNetGraph, probe_graph, unet_graph
+from icexport.graphs.stable_diffusion import probe_graph, unet_graph
+from icexport.host.files import Hashes
 from icexport.models.loading import ModelSource
 from icexport.progress import silent
+from tests.hashing import hash_files
 
 BACKENDS = ["onnxruntime", "torch"]
 
@@ -36,7 +38,7 @@ def times(folder: Path) -> dict[str, int]:
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BundleWriter, "write", lambda _self: pytest.fail("started the long work"))
+    monkeypatch.setattr(writer, "write_bundle", lambda *_: pytest.fail("started the long work"))
 
 
 def test_contents(tiny_bundle: Path, tiny_model: Path) -> None:
@@ -50,16 +52,16 @@ def test_contents(tiny_bundle: Path, tiny_model: Path) -> None:
     assert {(e.graph, e.backend) for e in manifest.engines.values()} == {
         (graph, backend) for graph in manifest.graphs for backend in BACKENDS
     }
-    assert manifest.condition["name"] == "canny"
+    assert manifest.condition.name == "canny"
     assert manifest.versions["torch"] == torch.__version__
-    assert manifest.source["files"] == ModelSource.find("canny", str(tiny_model)).files
+    assert manifest.source.files == ModelSource.find("canny", str(tiny_model)).files
     assert manifest.fidelity is None
-    assert json.loads((tiny_bundle / "reports" / "parity.json").read_text()) == manifest.parity
+    assert json.loads((tiny_bundle / "reports" / "parity.json").read_text()) == parity_json(manifest.parity)
     for backend in BACKENDS:
         for graph, entry in manifest.graphs.items():
             outputs = manifest.parity[backend][graph]
-            assert list(outputs) == [output["name"] for output in entry.outputs]
-            assert all(result["passed"] for result in outputs.values())
+            assert list(outputs) == [output.name for output in entry.outputs]
+            assert all(result.passed for result in outputs.values())
     assert manifest.graphs["unet"].dtypes["float"] > 10_000
 
 
@@ -94,7 +96,7 @@ def test_damaged_or_other_bundles_are_built_again(
 
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     before = times(copy)
-    monkeypatch.setattr(BundleWriter, "write", start)
+    monkeypatch.setattr(writer, "write_bundle", start)
     options: dict[str, Any] = {"option": {"opset": 22}, "force": {"force": True}}.get(change, {})
     if change == "damage":
         (copy / "graphs" / "probe.onnx").unlink()
@@ -124,7 +126,7 @@ def test_exports_are_identical(tiny_bundle: Path, tiny_model: Path, tmp_path: Pa
     """The smallest graph again; the slow test above has all of them."""
     source = ModelSource.find("canny", str(tiny_model))
     manifest = Bundle(tiny_bundle).manifest
-    graph = next(split(source, "fp32"))
+    graph = next(split(source, torch.float32))
     export_graph(graph, tmp_path / "text_encoder.onnx", manifest.profile.symbols(4))
 
     for name in ("text_encoder.onnx", "text_encoder.onnx.data"):
@@ -142,28 +144,32 @@ def test_weights_for_torch_are_identical(tiny_model: Path, tmp_path: Path) -> No
         assert all(other == first for other in others)
 
 
-def test_two_controlnets_of_one_architecture_have_two_engines(
-    tiny_bundle: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_two_controlnets_of_one_architecture_have_two_engines(tiny_bundle: Path, tmp_path: Path) -> None:
     """Their .onnx files are equal, only the weights beside them differ."""
-    bundle = Bundle(tiny_bundle)
-    manifest = bundle.manifest
-    source = ModelSource.find("canny", str(tiny_model))
-    net = source.controlnet_model(torch.float32)
-    graph = Graph("controlnet", ControlNetGraph(net), (), ())
-    entry = GraphEntry("graphs/controlnet.onnx", [], [], {})
+    manifest = Bundle(tiny_bundle).manifest
     copy = Path(shutil.copytree(tiny_bundle / "graphs", tmp_path / "graphs")).parent
+
+    def key() -> str:
+        request = EngineRequest(
+            graph="controlnet",
+            entry=GraphEntry("graphs/controlnet.onnx", (), (), {}),
+            folder=copy,
+            dtype="fp32",
+            profile=manifest.profile,
+            multiple=4,
+            options=PlanOptions(),
+            store=EngineStore(tmp_path / "store"),
+            hashes=Hashes(),
+            progress=silent,
+        )
+        (found,) = make_engine(table.get("onnxruntime"), request)
+        return found
+
+    assert manifest.engines[key()].graph == "controlnet"
     data = bytearray((copy / "graphs/controlnet.onnx.data").read_bytes())
     data[100] ^= 1
-    spec = BuildSpec(source, ("onnxruntime",), "fp32", 21, manifest.profile, False)
-    writer = BundleWriter(spec, "key", copy, EngineStore(tmp_path / "store"), silent)
-
-    (same,) = writer._engine(graph, entry, "onnxruntime")
     (copy / "graphs/controlnet.onnx.data").write_bytes(data)
-    (other,) = writer._engine(graph, entry, "onnxruntime")
-
-    assert manifest.engines[same] == EngineEntry("controlnet", "onnxruntime", manifest.versions["onnxruntime"])
-    assert other not in manifest.engines
+    assert key() not in manifest.engines
 
 
 def test_missing_and_damaged_weights_are_found_first(tiny_model: Path, tmp_path: Path, no_work: None) -> None:
@@ -216,7 +222,7 @@ def test_a_failure_in_the_middle_leaves_the_bundle(
     def full(*_args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(BundleWriter, "_export", full)
+    monkeypatch.setattr(writer, "export_graph", full)
     with pytest.raises(BundleError, match="No space left on device.*earlier bundle is untouched"):
         icexport.build("canny", model=str(tiny_model), backend=BACKENDS, output=copy, force=True)
 
@@ -228,6 +234,6 @@ def test_a_probeless_bundle(dynamic_bundle: Path) -> None:
     manifest = Bundle(dynamic_bundle).manifest
 
     assert list(manifest.graphs) == ["text_encoder", "controlnet", "unet", "vae_decoder"]
-    assert [output["name"] for output in manifest.graphs["unet"].outputs] == ["noise_pred", "time_embedding"]
+    assert [output.name for output in manifest.graphs["unet"].outputs] == ["noise_pred", "time_embedding"]
     assert "probe" not in manifest.configs
     assert not (dynamic_bundle / "engines").exists()

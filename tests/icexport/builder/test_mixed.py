@@ -28,6 +28,7 @@ from icexport.export.widen import widen, widen_weights
 from icexport.graphs.graph import Graph
 from icexport.graphs.profile import Profile, SizeRange
 from icexport.graphs.stable_diffusion import unet_graph, vae_decoder_graph
+from icexport.models.precision import PRECISIONS
 from icexport.parity.cases import Case, cases
 from icexport.parity.compare import OutputParity, cast, compare
 from icexport.parity.session import open_session, run_session
@@ -54,11 +55,11 @@ class Treated:
         self.plain.parent.mkdir(parents=True)
         export_graph(self.half, self.plain, PROFILE.symbols(1))
         shutil.copytree(self.plain.parent, self.path.parent)
-        self.islands = mixed.stabilise(self.path, self.full, self.cases, "fp16")
+        self.islands = mixed.stabilise(self.path, self.full, self.cases, PRECISIONS["fp16"])
 
     def parity(self, path: Path) -> dict[str, OutputParity]:
         engine = OnnxRuntimeEngine(self.full.name, path)
-        return compare(engine, engine_of(self.full), engine_of(self.half), self.cases, "fp16")
+        return compare(engine, engine_of(self.full), engine_of(self.half), self.cases, PRECISIONS["fp16"])
 
 
 @pytest.fixture(scope="module")
@@ -162,24 +163,16 @@ def test_the_file_is_valid(name: str, request: pytest.FixtureRequest) -> None:
     stated = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     assert stated.items() <= kinds.items()
     assert set(stated) >= {n for node in model.graph.node for n in node.output} - {o.name for o in model.graph.output}
-    assert read_precision(path, "fp16")["float"] > 500
+    assert read_precision(path, PRECISIONS["fp16"])["float"] > 500
 
 
 def test_the_same_input_gives_the_same_bytes(unet: Treated, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(unet.plain.parent, tmp_path / "copy"))
 
-    islands = mixed.stabilise(folder / "unet.onnx", unet.full, unet.cases, "fp16")
+    islands = mixed.stabilise(folder / "unet.onnx", unet.full, unet.cases, PRECISIONS["fp16"])
 
     assert islands == unet.islands
     assert contents(folder) == contents(unet.path.parent)
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_other_types_are_left_alone(vae: Treated, tmp_path: Path, dtype: str) -> None:
-    folder = Path(shutil.copytree(vae.plain.parent, tmp_path / "copy"))
-
-    assert mixed.stabilise(folder / "vae_decoder.onnx", vae.full, vae.cases, dtype) == []
-    assert contents(folder) == contents(vae.plain.parent)
 
 
 def test_tensorrt_rtx_takes_the_file(unet: Treated) -> None:
@@ -247,14 +240,14 @@ def test_a_module_that_loses_its_digits_is_moved(tmp_path: Path, caplog: pytest.
     path, cases = exported(full, tmp_path)
 
     with caplog.at_level(logging.WARNING):
-        islands = mixed.stabilise(path, full, cases, "fp16")
+        islands = mixed.stabilise(path, full, cases, PRECISIONS["fp16"])
 
     assert {island.reason for island in islands} == {"parity"}
     assert {island.tensor for island in islands} == {"y"}
     assert [island.scope for island in islands] == ["net.1.0", "net.1.1", "net.1.2"]
     assert all(island.measured is not None and island.measured > 0.01 for island in islands)
     engine = OnnxRuntimeEngine("net", path)
-    assert compare(engine, engine_of(full), None, cases, "fp16")["y"]
+    assert compare(engine, engine_of(full), None, cases, PRECISIONS["fp16"])["y"]
     assert "net.y: error 0.9" in caplog.text
     assert "first in 'net.1.2'" in caplog.text
 
@@ -266,7 +259,7 @@ def test_what_cannot_be_mended_stays_as_it_is(tmp_path: Path, caplog: pytest.Log
     full.module.get_parameter("net.0.weight").neg_()
     before = contents(tmp_path)
 
-    assert mixed.stabilise(path, full, cases, "fp16") == []
+    assert mixed.stabilise(path, full, cases, PRECISIONS["fp16"]) == []
 
     assert contents(tmp_path) == before
     assert "do not bring parity" in caplog.text
@@ -280,7 +273,7 @@ def test_a_weight_that_float16_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"'net' has weights above 65504.*net\.0\.weight\. Build with --dtype bf16 or fp32"
     ):
-        mixed.stabilise(path, full, cases, "fp16")
+        mixed.stabilise(path, full, cases, PRECISIONS["fp16"])
 
 
 def test_an_output_that_float16_cannot_hold(tmp_path: Path) -> None:
@@ -289,7 +282,7 @@ def test_an_output_that_float16_cannot_hold(tmp_path: Path) -> None:
     path, cases = exported(full, tmp_path)
 
     with pytest.raises(ExportError, match=r"Outputs of the graph 'net' exceed 65504.*y \(2\.\de\+05\).*--dtype bf16"):
-        mixed.stabilise(path, full, cases, "fp16")
+        mixed.stabilise(path, full, cases, PRECISIONS["fp16"])
 
 
 def small_model() -> onnx.ModelProto:

@@ -9,29 +9,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from engines.errors import BackendUnavailableError
-from icexport.backends.plans import PlanOptions
-from icexport.builder.options import BuildSpec, plan
+from icexport.backends.base import PlanOptions
+from icexport.backends.table import BACKENDS
+from icexport.builder.options import BuildOptions, BuildSpec
 from icexport.errors import CheckpointError, ConditionError, UsageError
 from icexport.graphs.profile import SizeRange
-from icexport.models.fit import check_fit
+from icexport.models.fit import check_source
 from icexport.models.loading import ModelSource
 
-DEFAULTS: dict[str, Any] = {
-    "cond": "canny",
-    "controlnet": None,
-    "probe": None,
-    "backend": "onnxruntime",
-    "dtype": "fp32",
-    "height": None,
-    "width": None,
-    "batch_size": "1:1:4",
-    "opset": 21,
-    "verify": True,
-}
 
-
-def spec(folder: Path, **options: Any) -> BuildSpec:
-    return plan(**(DEFAULTS | {"model": str(folder)} | options))
+def spec(folder: Path, cond: str = "canny", backend: str | list[str] = "onnxruntime", **options: Any) -> BuildSpec:
+    backends = [backend] if isinstance(backend, str) else backend
+    return BuildSpec.of(cond, BuildOptions(**({"model": str(folder), "backends": backends} | options)))
 
 
 @pytest.fixture
@@ -68,14 +57,18 @@ def test_backends_are_resolved_once(tiny_model: Path) -> None:
             UsageError,
             "--target-sm 90: TensorRT-RTX builds for 75, .*121. .*Hopper",
         ),
-        ({"plans": PlanOptions(optimization_level=6)}, UsageError, "--optimization-level 6: choose 0 to 5"),
+        (
+            {"plans": PlanOptions(optimization_level=6), "backend": "tensorrt-rtx"},
+            UsageError,
+            "--optimization-level 6: choose 0 to 5",
+        ),
         ({"dtype": "bf16", "backend": "torch", "opset": 21}, UsageError, "--opset 21: bfloat16 .* need 22"),
         (
-            {"dtype": "bf16", "opset": None, "backend": "tensorrt-rtx", "plans": PlanOptions(targets=(75, 86))},
+            {"dtype": "bf16", "backend": "tensorrt-rtx", "plans": PlanOptions(targets=(75, 86))},
             UsageError,
             "--target-sm 75: has no bfloat16",
         ),
-        ({"dtype": "bf16", "opset": None}, UsageError, "no bfloat16 kernels.*--backend torch, tensorrt"),
+        ({"dtype": "bf16"}, UsageError, "--dtype bf16: backend onnxruntime takes fp32 or fp16"),
         ({"backend": "tensorrt"}, BackendUnavailableError, "'tensorrt' cannot build here: .*pip install"),
         ({"shapes": ["16x16"], "height": 16}, UsageError, "leave --height and --width out"),
         ({"shapes": ["16x16", "16by32"]}, UsageError, "--shape 16by32: give HEIGHTxWIDTH"),
@@ -154,7 +147,7 @@ def test_other_versions_change_the_key(tiny_model: Path, monkeypatch: pytest.Mon
 
 
 def test_parts_that_fit(tiny_model: Path) -> None:
-    check_fit(ModelSource.find("canny", str(tiny_model)))
+    check_source(ModelSource.find("canny", str(tiny_model)))
 
 
 def test_every_misfit_is_listed(copy: Path) -> None:
@@ -164,17 +157,17 @@ def test_every_misfit_is_listed(copy: Path) -> None:
     configure(copy / "probe-canny", dims=[8, 8], time_embed_dim=1280, condition="hed")
 
     with pytest.raises(CheckpointError, match="do not work together") as caught:
-        check_fit(ModelSource.find("canny", str(copy)))
+        check_source(ModelSource.find("canny", str(copy)))
 
     for problem in (
         "unet has class_embed_type = 'timestep'",
         "unet has time_cond_proj_dim = 256",
         "controlnet has global_pool_conditions = True",
-        "use_attention_mask = true",
+        "text_encoder has use_attention_mask = True",
         "latent channels of unet and vae differ: 9 and 4",
         "text width of controlnet and text_encoder differ: 1024 and 16",
         "residuals that unet takes and controlnet gives differ: ",
-        "condition of probe and build differ: hed and canny",
+        "condition of probe and ControlNet differ: hed and canny",
         "taps of probe and unet differ: (8, 8) and (32, 32, 16, 16)",
         "time embedding of probe and unet differ: 1280 and 64",
     ):
@@ -185,15 +178,14 @@ def test_a_unet_config_that_makes_no_sense(copy: Path) -> None:
     configure(copy / "unet", addition_embed_type="text_time")
 
     with pytest.raises(CheckpointError, match="addition_embed_type = 'text_time'.*describes no UNet"):
-        check_fit(ModelSource.find("canny", str(copy)))
+        check_source(ModelSource.find("canny", str(copy)))
 
 
 def test_a_backend_that_cannot_build_here(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engines import registry
     from engines.base import Availability
 
     missing = Availability(False, None, "it is broken", "mend it", ())
-    monkeypatch.setattr(registry, "check", lambda _name: missing)
+    monkeypatch.setattr(type(BACKENDS["onnxruntime"]), "check", lambda _self: missing)
 
     with pytest.raises(BackendUnavailableError, match="it is broken. mend it"):
         spec(tiny_model, backend="onnxruntime")
@@ -215,18 +207,17 @@ def test_what_plugins_need_is_told_before_the_work(
     error: type[Exception],
     message: str,
 ) -> None:
-    from engines import registry
     from engines.base import Availability
 
     present = Availability(True, "10.13", "", "", ("cuda",))
-    monkeypatch.setattr(registry, "check", lambda _name: present)
+    monkeypatch.setattr(type(BACKENDS["tensorrt"]), "check", lambda _self: present)
     if "triton" in options:
-        monkeypatch.setattr("icexport.builder.options.find_spec", lambda _name: None)
+        monkeypatch.setattr("icexport.backends.tensorrt.find_spec", lambda _name: None)
     options = {name: value for name, value in options.items() if name != "triton"}
     with pytest.raises(error, match=message):
         spec(tiny_model, backend="tensorrt", **options)
-    assert spec(tiny_model, backend="tensorrt", plans=PlanOptions(plugins=False), **options).plan_backends
-    assert spec(tiny_model, backend="tensorrt", probe="none", **options).plan_backends
+    assert spec(tiny_model, backend="tensorrt", plans=PlanOptions(plugins=False), **options).backends
+    assert spec(tiny_model, backend="tensorrt", probe="none", **options).backends
 
 
 def test_other_weights_of_one_architecture_change_the_key(tiny_model: Path, copy: Path) -> None:

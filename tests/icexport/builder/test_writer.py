@@ -8,14 +8,16 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
-from icexport.backends.plans import PlanOptions
+from icexport.backends.base import EngineRequest, Made, PlanOptions
+from icexport.backends.tensorrt import TensorRt
 from icexport.builder import writer as bundle_writer
 from icexport.builder.mixed import Island
-from icexport.builder.options import BuildSpec, plan
-from icexport.builder.writer import BundleWriter
+from icexport.builder.options import BuildOptions, BuildSpec
+from icexport.builder.writer import write_bundle
 from icexport.bundle.engine_store import EngineStore
-from icexport.bundle.manifest import EngineEntry
+from icexport.bundle.records import EngineEntry
 from icexport.bundle.store import Bundle
 from icexport.errors import ExportError
 from icexport.gates import parity_gate as parity_gate_module
@@ -27,8 +29,8 @@ from icexport.progress import silent
 
 
 def spec_for(tiny_model: Path, dtype: str, **options: Any) -> BuildSpec:
-    """As on a machine with classic TensorRT: `plan` would refuse it here."""
-    found = plan("canny", str(tiny_model), None, None, "onnxruntime", dtype, None, None, 1, 21, False)
+    """As on a machine with classic TensorRT: `BuildSpec.of` would refuse it here."""
+    found = BuildSpec.of("canny", BuildOptions(str(tiny_model), backends=["torch"], dtype=dtype, batch_size=1))
     return BuildSpec(found.source, ("tensorrt",), dtype, 21, found.profile, False, PlanOptions(**options))
 
 
@@ -37,14 +39,15 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Notes what would be built, and builds nothing; of the graphs, only decoder and probe are exported."""
     noted: list[dict[str, Any]] = []
 
-    def note(name: str, path: Path, inputs: object, **rest: Any) -> dict[str, EngineEntry]:
-        noted.append({"graph": name, "file": path.name, "plugins": rest["plugins"]})
-        return {}
+    def note(_self: TensorRt, request: EngineRequest, made: Made) -> EngineEntry:
+        noted.append({"graph": request.graph, "file": made.onnx.name, "plugins": made.plugins})
+        return EngineEntry(request.graph, "tensorrt", "10.13")
 
-    def few(source: ModelSource, dtype: str) -> Iterator[Graph]:
+    def few(source: ModelSource, dtype: torch.dtype) -> Iterator[Graph]:
         return (graph for graph in split(source, dtype) if graph.name in ("probe", "vae_decoder"))
 
-    monkeypatch.setattr(bundle_writer, "build_plan", note)
+    monkeypatch.setattr(TensorRt, "make", note)
+    monkeypatch.setattr(TensorRt, "target", lambda *_: "NVIDIA L4 sm_89")
     monkeypatch.setattr(bundle_writer, "split", few)
     monkeypatch.setattr(parity_gate_module, "split", few)
     monkeypatch.setattr(bundle_writer, "real_cases", lambda *_: {"probe": [], "vae_decoder": []})
@@ -53,7 +56,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def write(spec: BuildSpec, folder: Path) -> Bundle:
     folder.mkdir()
-    BundleWriter(spec, "key", folder, EngineStore(folder.with_name("store")), silent).write()
+    write_bundle(spec, "key", folder, EngineStore(folder.with_name("store")), silent)
     return Bundle(folder)
 
 
@@ -72,8 +75,8 @@ def test_the_probe_has_a_graph_with_plugins_and_its_twin(
     assert {node.domain for node in twin.graph.node} == {""}
     results = parity_gate(bundle, spec.source, spec.backends, silent)
     assert results["tensorrt"] == {}
-    assert all(output["passed"] for output in results[PLUGIN_GRAPH]["probe"].values())
-    assert all(output["passed"] for graph in results["onnxruntime"].values() for output in graph.values())
+    assert all(output.passed for output in results[PLUGIN_GRAPH]["probe"].values())
+    assert all(output.passed for graph in results["onnxruntime"].values() for output in graph.values())
 
 
 def test_no_plugins(tiny_model: Path, tmp_path: Path, requests: list[dict[str, Any]], monkeypatch: Any) -> None:

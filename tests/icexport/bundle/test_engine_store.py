@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from icexport.bundle.engine_store import EngineStore
-from icexport.bundle.manifest import MANIFEST_NAME
+from icexport.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION
 from icexport.errors import BundleError, DamagedBundleError
 
 KEY = "ab" * 32
@@ -122,7 +122,7 @@ def bundle_of(path: Path, *keys: str) -> Path:
     engine = {"graph": "unet", "backend": "tensorrt-rtx", "version": "1.7"}
     size = {"min": 1, "opt": 1, "max": 1}
     names = ("condition", "source", "graphs", "configs", "files", "tolerances", "parity", "versions")
-    manifest = {"schema_version": 2, "key": "k", "dtype": "fp16", "opset": 21, "fidelity": None}
+    manifest = {"schema_version": SCHEMA_VERSION, "key": "k", "dtype": "fp16", "opset": 21, "fidelity": None}
     manifest |= {name: {} for name in names}
     manifest |= {"profile": dict.fromkeys(("batch", "height", "width"), size), "engines": dict.fromkeys(keys, engine)}
     path.mkdir()

@@ -8,30 +8,35 @@ import pytest
 import torch
 
 from engines.base import TensorSpec
-from icexport.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, EngineEntry, GraphEntry, Manifest, key_parts
+from icexport.backends.base import key_parts
+from icexport.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
+from icexport.bundle.records import ConditionInfo, EngineEntry, GraphEntry, ParityResult, SourceInfo, Stamps
 from icexport.errors import BundleError, DamagedBundleError, SchemaError
 from icexport.graphs.graph import describe, specs
 from icexport.graphs.profile import Profile, SizeRange
-from icexport.host.files import digest
+from icexport.graphs.shapes import TensorInfo
+from icexport.host.files import Stamp, digest
 
+SAMPLE = TensorInfo("sample", "float32", ("samples", 4, "8*rows"))
 PROFILE = Profile(SizeRange(1, 1, 4), SizeRange(64, 64, 64), SizeRange(64, 96, 128))
 
 
 def make(**changes: Any) -> Manifest:
     values: dict[str, Any] = {
         "key": "k",
-        "condition": {"name": "canny"},
-        "source": {"model": "m"},
+        "condition": ConditionInfo("canny", (0.0, 1.0), "white edges on black", "edge F1", "ratio", True),
+        "source": SourceInfo("stable-diffusion", "m", None, "none", {"unet/config.json": "2" * 64}),
         "dtype": "fp32",
         "opset": 21,
         "profile": PROFILE,
-        "graphs": {"unet": GraphEntry("graphs/unet.onnx", [{"name": "x"}], [{"name": "y"}], {"float": 3})},
+        "graphs": {"unet": GraphEntry("graphs/unet.onnx", (SAMPLE,), (SAMPLE,), {"float": 3}, plugins=("a::b",))},
         "configs": {"unet": {"in_channels": 4}},
-        "engines": {"abc": EngineEntry("unet", "torch", "2", ["engines/abc/config.json"])},
+        "engines": {"abc": EngineEntry("unet", "torch", "2", ["engines/abc/config.json"], made_from={"graph": "0"})},
         "files": {"graphs/unet.onnx": "0" * 64, "engines/abc/config.json": "1" * 64},
         "tolerances": {"cosine": 0.999},
-        "parity": {},
+        "parity": {"torch": {"unet": {"y": ParityResult(True, 1.0, 0.0, None, "1x64x64", True)}}},
         "versions": {"icexport": "0"},
+        "stamps": Stamps({"unet/config.json": Stamp(1, 2, 3)}, {"graphs/unet.onnx": Stamp(4, 5, 6)}),
     }
     return Manifest(**(values | changes))
 
@@ -74,6 +79,36 @@ def test_newer_schema(tmp_path: Path, version: int) -> None:
         Manifest.read(tmp_path)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_schema_names_the_command_that_builds_the_bundle_again(tmp_path: Path, version: int) -> None:
+    make(schema_version=version).write(tmp_path)
+
+    with pytest.raises(SchemaError, match=f"schema version {version}, from an older icexport") as caught:
+        Manifest.read(tmp_path)
+
+    command = str(caught.value).partition("Build the bundle again: ")[2].split()
+    assert command[:2] == ["icexport", "build"]
+    options = dict(zip(command[2::2], command[3::2], strict=True))
+    assert options == {
+        "--cond": "canny",
+        "--model": "m",
+        "--probe": "none",
+        "--backend": "torch",
+        "--dtype": "fp32",
+        "--height": "64",
+        "--width": "64:96:128",
+        "--batch-size": "1:1:4",
+        "--output": str(tmp_path),
+    }
+
+
+def test_an_older_schema_that_is_damaged_is_told_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({"schema_version": 2}))
+
+    with pytest.raises(SchemaError, match="older icexport.*icexport build --output"):
+        Manifest.read(tmp_path)
+
+
 @pytest.mark.parametrize("data", [[], "text", {}, {"schema_version": "1"}, {"schema_version": True}])
 def test_not_a_manifest(tmp_path: Path, data: object) -> None:
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(data))
@@ -103,7 +138,7 @@ def test_unknown_fields_are_ignored(tmp_path: Path) -> None:
         {"files": ["graphs/unet.onnx", "engines/abc/config.json"]},
         {"files": {1: "x"}, "graphs": [], "engines": {}},
         {"graphs": {"unet": {"file": "graphs/unet.onnx"}}},
-        {"graphs": {"unet": {"file": 3, "inputs": [], "outputs": [], "dtypes": {}}}},
+        {"graphs": {"unet": {"file": 3, "inputs": [], "outputs": [], "dtypes": {}, "plugins": []}}},
         {"profile": {"batch": {"min": 1, "opt": 1, "max": 1}}},
         {"profile": {axis: {"min": 4, "opt": 1, "max": 1} for axis in ("batch", "height", "width")}},
         {"profile": {axis: {"min": "a", "opt": "b", "max": "c"} for axis in ("batch", "height", "width")}},
@@ -144,9 +179,9 @@ def test_every_used_file_needs_a_hash(tmp_path: Path) -> None:
 
 
 def test_specs_survive_the_manifest() -> None:
-    found = TensorSpec("sample", torch.float16, ("batch", 4, "2*h", "w"))
+    found = TensorSpec("sample", torch.float16, ("samples", 4, "2*rows", "columns"))
 
-    assert specs([json.loads(json.dumps(describe(found)))]) == (found,)
+    assert specs(describe([found])) == (found,)
 
 
 def test_digest_ignores_the_order_of_keys() -> None:

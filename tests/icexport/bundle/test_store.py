@@ -12,10 +12,12 @@ import pytest
 from filelock import FileLock
 
 from icexport.bundle.manifest import MANIFEST_NAME, Manifest
-from icexport.bundle.store import Bundle, hash_files, writing
+from icexport.bundle.records import ConditionInfo, SourceInfo
+from icexport.bundle.store import Bundle, writing
 from icexport.errors import BundleError, DamagedBundleError
 from icexport.graphs.profile import Profile, SizeRange
 from icexport.host.files import sha256
+from tests.hashing import hash_files
 
 ONE = SizeRange(1, 1, 1)
 
@@ -27,8 +29,8 @@ def fill(folder: Path, text: str) -> None:
         (folder / name).write_text(f"{name} {text}")
     Manifest(
         key=text,
-        condition={"name": "canny"},
-        source={},
+        condition=ConditionInfo("canny", (0.0, 1.0), "", "", "", True),
+        source=SourceInfo("", "", None, None, {}),
         dtype="fp32",
         opset=21,
         profile=Profile(ONE, ONE, ONE),

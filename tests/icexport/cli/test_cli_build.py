@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from icexport.builder import build as builder
-from icexport.builder.writer import BundleWriter
-from icexport.bundle.store import Bundle, hash_files
+from icexport.builder import writer
+from icexport.bundle.records import parity_json
+from icexport.bundle.store import Bundle
 from icexport.cli import build as commands
 from icexport.errors import ParityError
 from icexport.gates import verify as verification
+from tests.hashing import hash_files
 
 
 def test_defaults_are_those_of_the_python_function() -> None:
@@ -81,7 +83,7 @@ def test_every_option_arrives(icexport, fake: Fake) -> None:
             "--batch-size",
             "2",
         ),
-        *("--opset", "20", "--output", "o", "--force", "--no-verify"),
+        *("--opset", "20", "--output", "o", "--force", "--check-hashes", "--no-verify"),
         *("--target-sm", "86", "89", "--target-sm", "120", "--optimization-level", "1", "--workspace", "64"),
         *("--no-plugins", "--engine-store", "s", "--shape", "64x64", "--shape", "64x128"),
     )
@@ -90,7 +92,7 @@ def test_every_option_arrives(icexport, fake: Fake) -> None:
     wanted |= {"dtype": "fp16", "height": "64:64:128", "width": "64", "batch_size": "2", "opset": 20}
     wanted |= {"target_sm": [86, 89, 120], "optimization_level": 1, "workspace_mb": 64, "plugins": False}
     wanted |= {"engine_store": Path("s"), "shapes": ["64x64", "64x128"]}
-    assert fake.calls == [{**wanted, "output": Path("o"), "force": True, "verify": False}]
+    assert fake.calls == [{**wanted, "output": Path("o"), "force": True, "check_hashes": True, "verify": False}]
     assert "export unet" in run.stderr
 
 
@@ -160,7 +162,7 @@ def test_an_interrupted_build_leaves_the_earlier_bundle(
     def interrupted(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(BundleWriter, "_export", interrupted)
+    monkeypatch.setattr(writer, "export_graph", interrupted)
     run = icexport("build", "--cond", "canny", "--model", tiny_model, "--output", folder, "--force")
     assert run.exit_code == 130
     assert "Interrupted" in run.stderr
@@ -170,7 +172,7 @@ def test_an_interrupted_build_leaves_the_earlier_bundle(
 
 
 def test_verify_tells_what_failed(icexport, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
-    good = Bundle(tiny_bundle).manifest.parity
+    good = parity_json(Bundle(tiny_bundle).manifest.parity)
     bad = json.loads(json.dumps(good))
     bad["onnxruntime"]["unet"]["noise_pred"] |= {"passed": False, "relative_error": float("inf")}
 

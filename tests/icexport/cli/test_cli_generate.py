@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from icexport.bundle.store import Bundle
+from icexport.conditions.maps import extracted_map
 from icexport.fidelity.report import FidelityReport
 from icexport.host import pictures
-from icexport.runtime import drawing as draw
+from icexport.runtime.drawing import Drawn
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def test_a_ready_map_is_used_as_it_is(icexport, tiny_bundle: Path, control_map: 
 
 def test_thresholds_change_the_extraction(tiny_bundle: Path, apple: Path) -> None:
     def edges(**thresholds: float) -> int:
-        control = draw.control_picture(Bundle(tiny_bundle), apple, False, (16, 16), "crop", thresholds)
+        control = extracted_map(Bundle(tiny_bundle).condition(**thresholds), apple, (16, 16), "crop")
         return int((np.asarray(control) > 0).sum())
 
     assert edges() > edges(low_threshold=60, high_threshold=1530) == 0
@@ -83,10 +86,10 @@ def test_thresholds_change_the_extraction(tiny_bundle: Path, apple: Path) -> Non
 def test_values_that_are_no_numbers_fail_the_check(
     icexport, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, control_map: Path, tmp_path: Path
 ) -> None:
-    def broken(*_args: object) -> tuple[list[Image.Image], FidelityReport]:
-        return [Image.new("RGB", (16, 16))], FidelityReport("canny", "edge F1", "ratio", True, [float("nan")])
+    def broken(*_args: object, **_options: object) -> Iterator[Drawn]:
+        yield Drawn(torch.zeros(1, 3, 16, 16), FidelityReport("canny", "edge F1", "ratio", True, [float("nan")]))
 
-    monkeypatch.setattr("icexport.runtime.drawing.draw", broken)
+    monkeypatch.setattr("icexport.runtime.drawing.draw_calls", broken)
     args = ("generate", tiny_bundle, "--prompt", "a", "--control-map", control_map, "--output", tmp_path / "out.png")
     run = icexport(*args, "--json")
     assert run.exit_code == 3

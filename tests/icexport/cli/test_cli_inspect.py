@@ -69,8 +69,8 @@ def test_probe_folder_and_its_weights(icexport, tiny_model: Path) -> None:
 def test_onnx_file(icexport, tiny_bundle: Path) -> None:
     found = document(icexport, "inspect", tiny_bundle / "graphs" / "probe.onnx")
     entry = Bundle(tiny_bundle).manifest.graphs["probe"]
-    assert [value["name"] for value in found["inputs"]] == [spec["name"] for spec in entry.inputs]
-    assert found["outputs"][0] == {"name": "reading", "dtype": "float", "shape": ["batch", 3, 8, 8]}
+    assert [value["name"] for value in found["inputs"]] == [tensor.name for tensor in entry.inputs]
+    assert found["outputs"][0] == {"name": "reading", "dtype": "float", "shape": ["pictures", 3, 8, 8]}
     assert found["opsets"]["ai.onnx"] == 21
     assert found["data_files"] == ["probe.onnx.data"]
 

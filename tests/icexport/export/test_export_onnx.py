@@ -21,6 +21,7 @@ from icexport.graphs.profile import Profile, SizeRange
 from icexport.graphs.split import split
 from icexport.graphs.stable_diffusion import GRAPH_NAMES, probe_graph, vae_decoder_graph
 from icexport.models.loading import ModelSource
+from icexport.models.precision import PRECISIONS
 from icexport.models.probe import InnerControlProbe
 from icexport.parity.cases import cases
 from icexport.parity.compare import compare, relative_error
@@ -35,19 +36,19 @@ def shapes(values: list[onnx.ValueInfoProto]) -> dict[str, list[str | int]]:
 
 
 def test_size_of() -> None:
-    assert [size_of(d, {"h": 5}) for d in (7, "h", "4*h")] == [7, 5, 20]
+    assert [size_of(d, {"rows": 5}) for d in (7, "rows", "4*rows")] == [7, 5, 20]
     with pytest.raises(ValueError, match="not a dimension"):
-        size_of("h+1", {"h": 5})
+        size_of("rows+1", {"rows": 5})
 
 
 def test_example_inputs_are_seeded() -> None:
     specs = (
-        TensorSpec("sample", torch.float16, ("batch", 4, "2*h")),
+        TensorSpec("sample", torch.float16, ("samples", 4, "2*rows")),
         TensorSpec("timestep", torch.float32, ()),
         TensorSpec("input_ids", torch.int64, ("prompts", 12)),
         TensorSpec("clip_skip", torch.int64, ()),
     )
-    symbols = {"batch": 2, "prompts": 1, "h": 3}
+    symbols = {"samples": 2, "prompts": 1, "rows": 3}
     found, again, other = (example_inputs(specs, symbols, seed) for seed in (1, 1, 2))
 
     assert [tuple(t.shape) for t in found.values()] == [(2, 4, 6), (), (1, 12), ()]
@@ -63,13 +64,13 @@ def test_symbols_are_in_the_file(tiny_bundle: Path, name: str) -> None:
     bundle = Bundle(tiny_bundle)
     entry = bundle.graph(name)
     model = onnx.load(bundle.onnx(name), load_external_data=False)
-    values = {"batch": "batch", "prompts": "prompts", "h": 4, "w": 4}
+    values = {"rows": 4, "columns": 4}
 
-    def fixed(shape: list[str | int]) -> list[str | int]:
-        return [d if d in ("batch", "prompts") else size_of(d, values) for d in shape]
+    def fixed(shape: tuple[str | int, ...]) -> list[str | int]:
+        return [d if d in ("samples", "pictures", "prompts") else size_of(d, values) for d in shape]
 
-    assert shapes(model.graph.input) == {spec["name"]: fixed(spec["shape"]) for spec in entry.inputs}
-    assert shapes(model.graph.output) == {spec["name"]: fixed(spec["shape"]) for spec in entry.outputs}
+    assert shapes(model.graph.input) == {tensor.name: fixed(tensor.shape) for tensor in entry.inputs}
+    assert shapes(model.graph.output) == {tensor.name: fixed(tensor.shape) for tensor in entry.outputs}
     assert [o.version for o in model.opset_import if not o.domain] == [21]
 
 
@@ -77,9 +78,9 @@ def test_free_sizes_are_symbols(dynamic_bundle: Path) -> None:
     model = onnx.load(dynamic_bundle / "graphs" / "controlnet.onnx", load_external_data=False)
     found = shapes(model.graph.input)
 
-    assert found["sample"] == ["batch", 4, "2*h", "2*w"]
-    assert found["control_map"] == ["batch", 3, "4*h", "4*w"]
-    assert found["residual_scale"] == ["batch", 5]
+    assert found["sample"] == ["samples", 4, "2*rows", "2*columns"]
+    assert found["control_map"] == ["samples", 3, "4*rows", "4*columns"]
+    assert found["residual_scale"] == ["samples", 5]
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
@@ -114,8 +115,9 @@ def test_free_sizes_run_like_torch(
 ) -> None:
     bundle = Bundle(dynamic_bundle)
     source = ModelSource.find("canny", str(tiny_model), probe="none")
-    symbols = {"batch": 2 * pictures, "prompts": pictures, "h": height // 4, "w": width // 4}
-    for graph in split(source, "fp32"):
+    symbols = {"samples": 2 * pictures, "pictures": pictures, "prompts": pictures}
+    symbols |= {"rows": height // 4, "columns": width // 4}
+    for graph in split(source, torch.float32):
         inputs = example_inputs(graph.inputs, symbols, seed=height)
         expected = TorchEngine(graph.name, graph.module, graph.inputs, graph.outputs)(inputs)
         found = load_engine(bundle, graph.name)(inputs)
@@ -130,13 +132,13 @@ def test_fp16(tiny_model: Path, tmp_path: Path) -> None:
 
     export_graph(half, path, SYMBOLS)
 
-    counts = read_precision(path, "fp16")
+    counts = read_precision(path, PRECISIONS["fp16"])
     assert counts["float16"] > 10_000
     assert counts.get("float", 0) < 100
     engine = OnnxRuntimeEngine("vae_decoder", path)
     assert {spec.dtype for spec in (*engine.inputs, *engine.outputs)} == {torch.float16}
     reference, own = (TorchEngine(g.name, g.module, g.inputs, g.outputs) for g in (full, half))
-    found = compare(engine, reference, own, list(cases(full, PROFILE, 4)), "fp16")["pixels"]
+    found = compare(engine, reference, own, list(cases(full, PROFILE, 4)), PRECISIONS["fp16"])["pixels"]
     assert found
     assert 1e-5 < found.error < 0.02, "float16 must differ from float32, but little"
 
@@ -153,7 +155,7 @@ def test_opset_23_and_a_probe_without_time(tmp_path: Path) -> None:
     assert [o.version for o in model.opset_import if not o.domain] == [23]
     engine = OnnxRuntimeEngine("probe", path)
     assert [spec.name for spec in engine.inputs] == [spec.name for spec in graph.inputs]
-    inputs = example_inputs(graph.inputs, {"batch": 1, "h": 4, "w": 4})
+    inputs = example_inputs(graph.inputs, {"samples": 1, "pictures": 1, "rows": 4, "columns": 4})
     expected = TorchEngine("probe", graph.module, graph.inputs, graph.outputs)(inputs)["reading"]
     torch.testing.assert_close(engine(inputs)["reading"], expected, rtol=1e-3, atol=1e-4)
 

@@ -19,11 +19,12 @@ from icexport.graphs.graph import Graph, example_inputs
 from icexport.graphs.profile import SizeRange
 from icexport.graphs.stable_diffusion import ProbeGraph, probe_graph
 from icexport.models.fused_probe import FusedProbe
+from icexport.models.precision import PRECISIONS
 from icexport.models.probe import InnerControlProbe
 from icexport.parity.compare import FACTOR, relative_error
 from tests.tiny_models import tiny_probe, tiny_unet
 
-SYMBOLS = {name: SizeRange.parse(text) for name, text in {"batch": "1:2:3", "h": "2", "w": "3"}.items()}
+SYMBOLS = {name: SizeRange.parse(text) for name, text in {"pictures": "1:2:3", "rows": "2", "columns": "3"}.items()}
 NAMES = ("icexport::dual_projection", "icexport::residual_mix", "icexport::resize_group_norm_relu")
 
 
@@ -44,7 +45,7 @@ def saved(graph: Graph, path: Path, opset: int = 21) -> onnx.ModelProto:
 
 
 def inputs_of(graph: Graph, batch: int) -> dict[str, torch.Tensor]:
-    return example_inputs(graph.inputs, {"batch": batch, "h": 2, "w": 3}, seed=batch)
+    return example_inputs(graph.inputs, {"pictures": batch, "rows": 2, "columns": 3}, seed=batch)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_half_precision_stays_in_its_band(tmp_path: Path) -> None:
     path = tmp_path / "probe.plugins.onnx"
     onnx.save(inline_plugins(saved(half, path)), tmp_path / "twin.onnx")
 
-    counts = read_precision(path, "fp16")
+    counts = read_precision(path, PRECISIONS["fp16"])
     assert counts["float16"] > 10_000
     assert "float" not in counts
     engine = OnnxRuntimeEngine("probe", tmp_path / "twin.onnx")
@@ -168,9 +169,9 @@ def test_inlining_leaves_the_model_alone(plugin_file: Path) -> None:
 
 def test_what_does_not_go_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "probe.plugins.onnx"
-    free = SYMBOLS | {"w": SizeRange.parse("2:3:4")}
+    free = SYMBOLS | {"columns": SizeRange.parse("2:3:4")}
 
-    with pytest.raises(ExportError, match="w is 2:3:4 cells"):
+    with pytest.raises(ExportError, match="columns are 2:3:4 steps"):
         export_plugin_graph(graph_of(), path, free)
     with pytest.raises(ExportError, match="need opset 21 or later, got 20"):
         export_plugin_graph(graph_of(), path, SYMBOLS, 20)

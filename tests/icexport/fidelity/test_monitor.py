@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,13 +10,14 @@ from engines.base import TensorSpec
 from icexport.errors import UsageError
 from icexport.fidelity.monitor import FidelityMonitor
 from icexport.fidelity.normalise import normalise
+from icexport.models.probe import ProbeConfig
 
 
 class Probe:
     """An engine that shows the mean of its tap."""
 
     device = torch.device("cpu")
-    inputs = (TensorSpec("tap_0", torch.float32, ("batch", "c", "h", "w")),)
+    inputs = (TensorSpec("tap_0", torch.float32, ("pictures", "c", "rows", "columns")),)
 
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"reading": inputs["tap_0"].mean(1, keepdim=True).expand(-1, 3, -1, -1)}
@@ -24,8 +27,17 @@ def outputs(tap: Tensor) -> dict[str, Tensor]:
     return {"tap_0": tap, "time_embedding": torch.zeros(1, 8)}
 
 
+CONFIG = ProbeConfig((1,), time_embed_dim=None)
+
+
 def monitor(control: Tensor, steps: set[int] | None = None) -> FidelityMonitor:
-    return FidelityMonitor(Probe(), 1, control, (-1.0, 1.0), "identity", steps)
+    return FidelityMonitor(Probe(), CONFIG, control, steps)
+
+
+def observe(watch: FidelityMonitor, time: float, found: dict[str, Tensor]) -> None:
+    """As the UNet's stand-in does."""
+    if wanted := watch.next_call():
+        watch(torch.tensor(time), {name: found[name] for name in wanted})
 
 
 def test_identity_maps_the_range_to_01() -> None:
@@ -67,7 +79,7 @@ def test_the_last_samples_are_the_conditional_half() -> None:
     control = torch.zeros(1, 3, 4, 4)
     for samples in ([1.0], [-1.0, 1.0]):
         watch = monitor(control)
-        watch(torch.tensor(9.0), outputs(torch.tensor(samples).reshape(-1, 1, 1, 1).expand(-1, 2, 2, 2)))
+        observe(watch, 9.0, outputs(torch.tensor(samples).reshape(-1, 1, 1, 1).expand(-1, 2, 2, 2)))
         (reading,), heat = watch.finish()
 
         assert reading.errors == [1.0]
@@ -81,7 +93,7 @@ def test_errors_are_compared_at_the_size_of_the_control_map() -> None:
     tap = torch.tensor([1.0, -1.0]).expand(1, 1, 2, 2)  # the same two halves, at half the size
     watch = monitor(control)
 
-    watch(torch.tensor(5.0), outputs(tap))
+    observe(watch, 5.0, outputs(tap))
 
     (reading,), heat = watch.finish()
     assert 0 < reading.errors[0] < 0.05  # only the border is blurred
@@ -93,9 +105,17 @@ def test_errors_are_compared_at_the_size_of_the_control_map() -> None:
 def test_readings_keep_the_number_of_their_call() -> None:
     watch = monitor(torch.zeros(1, 3, 4, 4), {1, 3})
     for time in (900.0, 600.0, 300.0, 0.0):
-        watch(torch.tensor(time), outputs(torch.zeros(2, 1, 2, 2)))
+        observe(watch, time, outputs(torch.zeros(2, 1, 2, 2)))
 
     assert [(r.index, r.timestep) for r in watch.finish()[0]] == [(1, 600.0), (3, 0.0)]
+
+
+def test_only_the_calls_to_read_want_taps() -> None:
+    watch = monitor(torch.zeros(1, 3, 4, 4), {1})
+    assert [watch.next_call() for _ in range(3)] == [[], ["tap_0"], []]
+
+    timed = ProbeConfig((1, 2), time_embed_dim=8)
+    assert FidelityMonitor(Probe(), timed, torch.zeros(1, 3, 4, 4)).next_call() == ["tap_0", "tap_1", "time_embedding"]
 
 
 def test_nothing_read() -> None:
@@ -104,7 +124,7 @@ def test_nothing_read() -> None:
 
 def test_a_batch_of_another_size_is_refused() -> None:
     with pytest.raises(UsageError, match=r"ran on 3 samples, but there are 2 control maps .*callback_on_step_end"):
-        monitor(torch.zeros(2, 3, 4, 4))(torch.tensor(1.0), outputs(torch.zeros(3, 1, 2, 2)))
+        observe(monitor(torch.zeros(2, 3, 4, 4)), 1.0, outputs(torch.zeros(3, 1, 2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -116,9 +136,9 @@ def test_a_batch_of_another_size_is_refused() -> None:
 )
 def test_a_perfect_reading_is_without_error(normaliser: str, control: list[float]) -> None:
     maps = torch.tensor(control).reshape(1, 1, 1, 3).expand(1, 3, 2, 3)
-    watch = FidelityMonitor(Probe(), 1, maps, (-1.0, 1.0), normaliser)  # type: ignore[arg-type]
+    watch = FidelityMonitor(Probe(), replace(CONFIG, normaliser=normaliser), maps)
     for reading in (maps, 1 - maps):
-        watch(torch.tensor(1.0), outputs(2 * reading[:, :1] - 1))
+        observe(watch, 1.0, outputs(2 * reading[:, :1] - 1))
     right, wrong = watch.finish()[0]
 
     assert right.errors == pytest.approx([0.0], abs=1e-12)

@@ -12,10 +12,11 @@ from onnx import numpy_helper
 
 import icexport
 from icexport.bundle.manifest import MANIFEST_NAME
-from icexport.bundle.store import Bundle, hash_files
+from icexport.bundle.store import Bundle
 from icexport.errors import BundleError, CheckpointError, DamagedBundleError, ParityError
 from icexport.gates import parity_gate
 from icexport.graphs.split import split
+from tests.hashing import hash_files
 
 
 @pytest.fixture

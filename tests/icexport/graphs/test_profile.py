@@ -61,10 +61,11 @@ def test_guidance_doubles_the_batch() -> None:
     symbols = profile("2:3:4", "512:640:768", "512").symbols(64)
 
     assert symbols == {
-        "batch": SizeRange(2, 6, 8),
+        "samples": SizeRange(2, 6, 8),
+        "pictures": SizeRange(2, 3, 4),
         "prompts": SizeRange(1, 3, 4),
-        "h": SizeRange(8, 10, 12),
-        "w": SizeRange(8, 8, 8),
+        "rows": SizeRange(8, 10, 12),
+        "columns": SizeRange(8, 8, 8),
     }
 
 

@@ -17,7 +17,7 @@ from icexport.models.taps import Taps
 from tests.tiny_models import TEXT_LENGTH, tiny_probe, tiny_unet
 
 F32 = torch.float32
-SYMBOLS = {"batch": 2, "prompts": 2, "h": 5, "w": 4}
+SYMBOLS = {"samples": 2, "pictures": 2, "prompts": 2, "rows": 5, "columns": 4}
 
 
 @pytest.fixture(scope="module")

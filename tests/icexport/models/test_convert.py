@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from icexport.errors import CheckpointError, UsageError
+from icexport.models.align import to_official
 from icexport.models.convert import ConvertReport, convert
 from icexport.models.probe import InnerControlProbe
 
@@ -107,7 +108,7 @@ def test_official_sd15_file(tmp_path: Path) -> None:
         "backbone": "SD 1.5",
     }
     assert report.source_sha256 == digest
-    back = probe.to_official()
+    back = to_official(probe)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
@@ -128,7 +129,7 @@ def test_parameters_and_halves_become_plain_float32(tmp_path: Path, kind: Callab
     content = payload()
     state = {name: kind(tensor) for name, tensor in content["aggregation_network"].items()}
     convert_payload(tmp_path, {**content, "aggregation_network": state})
-    back = InnerControlProbe.from_pretrained(tmp_path / "probe").to_official()
+    back = to_official(InnerControlProbe.from_pretrained(tmp_path / "probe"))
     assert all(torch.equal(back[name], tensor.detach().float()) for name, tensor in state.items())
 
 
@@ -149,7 +150,7 @@ def test_sequential_is_read_from_the_names(tmp_path: Path) -> None:
     assert report.config["time_embed_dim"] is None
     assert report.config["unused_time_embed_dim"] == TIME
     assert report.config["timestep_convention"] == "none"
-    back = InnerControlProbe.from_pretrained(tmp_path / "probe").to_official()
+    back = to_official(InnerControlProbe.from_pretrained(tmp_path / "probe"))
     assert back.keys() == content["aggregation_network"].keys()
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from icexport.errors import CheckpointError, UsageError
+from icexport.models.align import from_official, to_official
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 
 TIME = 24
@@ -118,7 +119,7 @@ def small_probe(**changes: Any) -> InnerControlProbe:
 @torch.no_grad()
 def test_equals_the_official_network(dims: tuple[int, ...], sequential: bool, size: tuple[int, int]) -> None:
     network = official(dims, sequential)  # both dims hold 64 = projection_dim: an identity shortcut
-    probe = InnerControlProbe.from_official(network.state_dict(), config_for(dims, sequential))
+    probe = from_official(network.state_dict(), config_for(dims, sequential))
     taps, embedding = features(dims, *size)
     expected = network(taps, embedding, size)
     assert expected.std() > 0.05
@@ -128,7 +129,7 @@ def test_equals_the_official_network(dims: tuple[int, ...], sequential: bool, si
 @torch.no_grad()
 def test_output_scale_resizes_every_tap() -> None:
     network = official(ATTN)
-    probe = InnerControlProbe.from_official(network.state_dict(), config_for(ATTN, output_scale=2))
+    probe = from_official(network.state_dict(), config_for(ATTN, output_scale=2))
     taps, embedding = features(ATTN)
     torch.testing.assert_close(probe(taps, embedding), network(taps, embedding, (24, 40)), rtol=0, atol=1e-5)
 
@@ -136,7 +137,7 @@ def test_output_scale_resizes_every_tap() -> None:
 @pytest.mark.parametrize("sequential", [False, True])
 def test_official_state_comes_back_whole(sequential: bool) -> None:
     state = official(ATTN, sequential).state_dict()
-    back = InnerControlProbe.from_official(state, config_for(ATTN, sequential)).to_official()
+    back = to_official(from_official(state, config_for(ATTN, sequential)))
     assert back.keys() == state.keys()
     for name, tensor in state.items():
         torch.testing.assert_close(back[name], tensor, rtol=0, atol=0)
@@ -145,9 +146,9 @@ def test_official_state_comes_back_whole(sequential: bool) -> None:
 @torch.no_grad()
 def test_time_embedding_matters_unless_the_official_file_drops_it() -> None:
     taps, embedding = features(ATTN)
-    used = InnerControlProbe.from_official(official(ATTN).state_dict(), config_for(ATTN))
+    used = from_official(official(ATTN).state_dict(), config_for(ATTN))
     assert (used(taps, embedding) - used(taps, -embedding)).abs().max() > 1e-3
-    dropped = InnerControlProbe.from_official(official(ATTN, True).state_dict(), config_for(ATTN, True))
+    dropped = from_official(official(ATTN, True).state_dict(), config_for(ATTN, True))
     torch.testing.assert_close(dropped(taps, embedding), dropped(taps), rtol=0, atol=0)
     assert not any(parameter.requires_grad for name, parameter in dropped.named_parameters() if ".time." in name)
 
@@ -157,7 +158,7 @@ def test_sd15_sizes() -> None:
         attn = InnerControlProbe(ProbeConfig(dims=(1280,) * 3 + (640,) * 3 + (320,) * 3))
         conv = InnerControlProbe(ProbeConfig(dims=(1280,) * 6 + (640,) * 3 + (320,) * 3, tap_kind="conv"))
     assert sum(parameter.numel() for parameter in attn.parameters()) == 5_907_436
-    assert len(attn.to_official()) == 133
+    assert len(to_official(attn)) == 133
     assert sum(parameter.numel() for parameter in conv.parameters()) == 8_484_751
 
 
@@ -302,12 +303,12 @@ def test_official_faults_are_listed_together() -> None:
     del state["mixing_weights"]
     state["bottleneck_layers.1.conv2.weight"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match=r"(?s)conv2.weight: shape \[1\].*mixing_weights: missing"):
-        InnerControlProbe.from_official(state, config_for(ATTN))
+        from_official(state, config_for(ATTN))
 
 
 def test_probe_without_time_layers_is_not_official() -> None:
     with pytest.raises(UsageError, match="no time layers"):
-        InnerControlProbe(config_for(ATTN, time_embed_dim=None)).to_official()
+        to_official(InnerControlProbe(config_for(ATTN, time_embed_dim=None)))
 
 
 class Positional(nn.Module):

@@ -21,7 +21,7 @@ from icexport.parity.cases import Case, cases
 @pytest.fixture(scope="module")
 def all_graphs(tiny_model: Path) -> dict[str, Graph]:
     source = ModelSource.find("canny", str(tiny_model))
-    return {graph.name: graph for graph in split(source, "fp32")}
+    return {graph.name: graph for graph in split(source, torch.float32)}
 
 
 def case_of(graph: Graph, bundle: Path) -> Case:

@@ -19,7 +19,7 @@ from tests.tiny_models import TEXT_LENGTH
 def cases_of(model: Path, pictures: int = 1, probe: str | None = None, **options: int) -> dict[str, list[Case]]:
     profile = Profile(SizeRange(pictures, pictures, 4), SizeRange(16, 16, 32), SizeRange(16, 24, 32))
     source = ModelSource.find("canny", str(model), probe=probe)
-    return activations.real_cases(list(split(source, "fp32")), source, profile, **options)
+    return activations.real_cases(list(split(source, torch.float32)), source, profile, **options)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def test_every_graph_gets_inputs_that_fit(real: dict[str, list[Case]], tiny_mode
         "probe": steps,
         "vae_decoder": ["real picture"],
     }
-    for graph in split(ModelSource.find("canny", str(tiny_model)), "fp32"):
-        symbols = {"prompts": 1, "h": 4, "w": 6, "batch": 2 if graph.name in ("controlnet", "unet") else 1}
+    for graph in split(ModelSource.find("canny", str(tiny_model)), torch.float32):
+        symbols = {"prompts": 1, "pictures": 1, "samples": 2, "rows": 4, "columns": 6}
         for case in real[graph.name]:
             assert list(case.inputs) == [spec.name for spec in graph.inputs]
             for spec in graph.inputs:
@@ -49,7 +49,7 @@ def test_every_graph_gets_inputs_that_fit(real: dict[str, list[Case]], tiny_mode
 
 
 def test_they_are_what_the_model_computes(real: dict[str, list[Case]], tiny_model: Path) -> None:
-    by_name = {graph.name: graph for graph in split(ModelSource.find("canny", str(tiny_model)), "fp32")}
+    by_name = {graph.name: graph for graph in split(ModelSource.find("canny", str(tiny_model)), torch.float32)}
     with torch.inference_mode():
         residuals = by_name["controlnet"].module(*real["controlnet"][1].inputs.values())
         *_, tap, embedding = by_name["unet"].module(*real["unet"][1].inputs.values())

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.base import TensorSpec
 from engines.errors import ShapeError
-from icexport.models.dtypes import DTYPES
+from icexport.models.precision import PRECISIONS
 from icexport.parity.simulation import SimulatedEngine
 
 KINDS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -44,17 +44,17 @@ def model_of(kind: int) -> onnx.ModelProto:
 
 
 def engine_of(dtype: str, model: onnx.ModelProto) -> SimulatedEngine:
-    low = DTYPES[dtype]
+    low = PRECISIONS[dtype].torch
     inputs = (TensorSpec("x", low, (2, 3)), TensorSpec("step", torch.float32, ()))
     outputs = (TensorSpec("y", low, (2, 3)), TensorSpec("z", low, (2, 3)))
-    return SimulatedEngine("g", model, Path(), inputs, outputs, dtype)
+    return SimulatedEngine("g", model, Path(), inputs, outputs, PRECISIONS[dtype])
 
 
 @pytest.mark.parametrize("dtype", KINDS)
 def test_rounds_as_pytorch_does(dtype: str) -> None:
     engine = engine_of(dtype, model_of(KINDS[dtype]))
     x, step = torch.randn((2, 3), generator=torch.Generator().manual_seed(0)) * 100, torch.tensor(1.2345)
-    low = DTYPES[dtype]
+    low = PRECISIONS[dtype].torch
 
     found = engine({"x": x, "step": step})
 

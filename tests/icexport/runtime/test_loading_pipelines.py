@@ -13,8 +13,9 @@ from transformers import CLIPImageProcessor
 
 from icexport import InnerControlPipeline
 from icexport.bundle.manifest import MANIFEST_NAME
-from icexport.bundle.store import Bundle, hash_files
+from icexport.bundle.store import Bundle
 from icexport.errors import BundleError, DamagedBundleError, SchemaError, UsageError
+from tests.hashing import hash_files
 
 CONTROL = torch.ones(1, 3, 16, 16)
 

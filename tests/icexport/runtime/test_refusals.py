@@ -81,7 +81,7 @@ def test_errors_of_diffusers_stay(pipe: InnerControlPipeline) -> None:
         pipe("a", CONTROL, prompt_embeds=torch.zeros(1, 12, 16))
     with pytest.raises(ValueError, match="larger or equal to control guidance end"):
         pipe("a", CONTROL, control_guidance_start=0.5, control_guidance_end=0.5)
-    with pytest.raises(ShapeError, match=r"prompt_embeds: shape \[2, 9, 16\], expected \[batch, 12, 16\]"):
+    with pytest.raises(ShapeError, match=r"prompt_embeds: shape \[2, 9, 16\], expected \[samples, 12, 16\]"):
         pipe(None, CONTROL, prompt_embeds=torch.zeros(1, 9, 16), negative_prompt_embeds=torch.zeros(1, 9, 16))
 
 

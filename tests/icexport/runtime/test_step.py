@@ -78,7 +78,7 @@ def test_the_same_picture(pipe: InnerControlPipeline, scheduler: str, options: d
     expected, errors = draw(pipe, **options)
     recorder = CpuRecorder()
     graphs = StepGraphs(pipe.controlnet.engine, pipe.unet.engine, recorder)
-    pipe.unet.graphs = pipe.controlnet.graphs = graphs
+    pipe.unet.step_graphs = pipe.controlnet.step_graphs = graphs
     for _ in range(2):
         images, readings = draw(pipe, **options)
         torch.testing.assert_close(images, expected, rtol=0, atol=0)
@@ -98,7 +98,7 @@ def test_the_controlnet_waits_for_the_unet(pipe: InnerControlPipeline) -> None:
     graphs = StepGraphs(
         watch("controlnet", pipe.controlnet.engine), watch("unet", pipe.unet.engine), recorder := CpuRecorder()
     )
-    pipe.unet.graphs = pipe.controlnet.graphs = graphs
+    pipe.unet.step_graphs = pipe.controlnet.step_graphs = graphs
     draw(pipe, check_fidelity=[])
     assert recorder.recordings == 1
     assert calls == ["controlnet", "unet"] * (1 + recorder.replays)

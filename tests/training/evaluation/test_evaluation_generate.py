@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from icexport.errors import CheckpointError, UsageError
+from icexport.graphs.profile import SizeRange
 from icexport.progress import silent
 from training.evaluation import generate
 from training.evaluation.generate import (
@@ -127,7 +128,7 @@ def test_a_bundle_draws_what_its_model_draws(
 ) -> None:
     engines = load_bundle(tiny_bundle, SHORT, "onnxruntime")
     assert engines.size == sampler.size == (16, 16)
-    assert engines.batches == (1, 4)
+    assert engines.calls == SizeRange(1, 1, 4)
     draw(sampler, items, tmp_path / "torch", batch_size=2)
     draw(engines, items, tmp_path / "engines", batch_size=8)
     ours, theirs = levels(tmp_path / "engines"), levels(tmp_path / "torch")
@@ -142,10 +143,11 @@ def test_a_fixed_batch_is_filled_up(items: list[Item], tmp_path: Path) -> None:
 
         def __call__(self, prompts, image, generator, **_options):
             assert len(prompts) == len(image) == len(generator) == 4
-            self.images = [Image.new("RGB", (16, 16), (len(prompt), 0, 0)) for prompt in prompts]
+            self.images = torch.tensor([[len(prompt) / 255, 0, 0] for prompt in prompts])[..., None, None]
+            self.images = self.images.expand(-1, -1, 16, 16)
             return self
 
-    assert draw(Sampler(Pipe(), {}, "k", (16, 16), (4, 4)), items[:1], tmp_path, batch_size=9) == 2
+    assert draw(Sampler(Pipe(), {}, "k", (16, 16), SizeRange(4, 4, 4)), items[:1], tmp_path, batch_size=9) == 2
     assert len(levels(tmp_path)) == 2
 
 

@@ -229,11 +229,11 @@ def test_gradient_checkpointing_of_the_unet_is_refused_with_taps(parts: Parts) -
 
 
 MISFITS: dict[str, Callable[[Parts], InnerControlProbe]] = {
-    "channels of the 'conv' taps is (32, 32, 16), expected": lambda parts: new_probe(
+    "taps of probe and unet differ: (32, 32, 16) and": lambda parts: new_probe(
         parts[0].unet, "conv", "canny", dims=(32, 32, 16)
     ),
-    "condition is depth, expected canny": lambda parts: new_probe(parts[0].unet, "attn", "depth"),
-    "width of the time embedding is 7, expected 64": lambda parts: new_probe(
+    "condition of probe and ControlNet differ: depth": lambda parts: new_probe(parts[0].unet, "attn", "depth"),
+    "time embedding of probe and unet differ: 7 and 64": lambda parts: new_probe(
         parts[0].unet, "attn", "canny", time_embed_dim=7
     ),
 }

@@ -13,10 +13,11 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from icexport.conditions import Hed
-from icexport.errors import CheckpointError, ConditionError, UnsupportedOptionError, UsageError
+from icexport.errors import CheckpointError, ConditionError, UsageError
+from icexport.models.loading import find_base
 from icexport.reference import reference_path
 from tests.training.tiny_training import CANNY, networks, pictures, seeded
-from training.tasks.frozen import base_folder, check_fit, load_base, new_controlnet, noised
+from training.tasks.frozen import load_base, new_controlnet, noised
 from training.tasks.validation import Validation, ValidationConfig
 
 
@@ -30,14 +31,17 @@ def test_a_base_model_is_frozen_and_keeps_its_noise_schedule(tiny_model: Path) -
 
 
 def test_the_reference_model_is_found_by_name_and_others_are_refused(tmp_path: Path) -> None:
-    assert base_folder("reference") == reference_path()
+    assert find_base("reference")[0] == reference_path()
     with pytest.raises(CheckpointError, match=r"lacks unet/config\.json"):
-        base_folder(str(tmp_path))
+        find_base(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"), ({}, "9 input channels")],
+    [
+        ({"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
+        ({}, "latent channels of unet and vae differ: 9 and 4"),
+    ],
 )
 def test_other_families_are_refused(tiny_model: Path, tmp_path: Path, change: dict[str, str], message: str) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
@@ -48,7 +52,7 @@ def test_other_families_are_refused(tiny_model: Path, tmp_path: Path, change: di
         file = tmp_path / "model/unet/config.json"
         extra = {**change, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16}
         UNet2DConditionModel.from_config({**config, **extra}).save_pretrained(file.parent)
-    with pytest.raises(UnsupportedOptionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         load_base(str(tmp_path / "model"))
 
 
@@ -56,7 +60,7 @@ def test_a_new_controlnet_copies_the_encoder_and_shrinks_the_map_as_the_autoenco
     models, _, _ = networks(tiny_model)
     controlnet = new_controlnet(models)
     assert torch.equal(controlnet.conv_in.weight, models.unet.conv_in.weight)
-    check_fit(models, "canny", controlnet, None)
+    models.check_fit("canny", controlnet, None)
     sample = noised(pictures(models), models, CANNY, seeded(), 0)
     down, mid = controlnet(sample.noisy, sample.timesteps, sample.text, sample.control, return_dict=False)
     assert not any(residual.any() for residual in (*down, mid))
@@ -66,9 +70,9 @@ def test_a_controlnet_of_another_architecture_is_refused(tiny_model: Path) -> No
     models, controlnet, _ = networks(tiny_model)
     controlnet.register_to_config(cross_attention_dim=8, conditioning_embedding_out_channels=(8, 16, 32))
     with pytest.raises(CheckpointError) as error:
-        check_fit(models, "canny", controlnet, None)
-    assert "text width is 8, expected 16" in str(error.value)
-    assert "pixels per latent cell is 4, expected 2" in str(error.value)
+        models.check_fit("canny", controlnet, None)
+    assert "text width of controlnet and text_encoder differ: 8 and 16" in str(error.value)
+    assert "pixels per latent cell of controlnet and vae differ: 4 and 2" in str(error.value)
 
 
 def test_noise_control_and_prompts_come_from_the_generator_and_the_batch(tiny_model: Path) -> None:

@@ -20,7 +20,7 @@ from icexport import conditions
 from icexport.conditions import Condition
 from icexport.conditions import hed as hed_condition
 from icexport.fidelity.normalise import control_target, normalise
-from icexport.models.align import NORMALISERS
+from icexport.models.align import NORMALISERS, to_official
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.taps import TapKind, Taps
 from tests.tiny_models import TEXT_LENGTH, randomise, tiny_tokenizer, tiny_unet
@@ -193,7 +193,7 @@ def test_probe_reading(kind: TapKind) -> None:
     timesteps = torch.tensor([3, 700])
     _, taps = plain.unet_with_taps(unet, kind, randn(2, 4, LATENT, LATENT), timesteps, randn(2, TEXT_LENGTH, 16))
     embedding = unet.time_embedding(unet.time_proj(timesteps))
-    expected = plain.aggregation_network(probe.to_official(), GROUPS, taps, embedding, LATENT)
+    expected = plain.aggregation_network(to_official(probe), GROUPS, taps, embedding, LATENT)
     assert expected.std() > 0.05
     close(probe(taps, embedding), expected)
 
@@ -281,7 +281,7 @@ def plain_case(
         unet=networks.unet,
         controlnet=networks.controlnet,
         vae=networks.vae,
-        probe_state=networks.probe.to_official(),
+        probe_state=to_official(networks.probe),
         probe_groups=GROUPS,
         tap_kind=networks.kind,
         extractor=extractor,
