@@ -12,7 +12,7 @@ DEMO_OUTPUT ?= builds/demo.png
 BINDINGS := .cache/tensorrt-bindings
 BINDINGS_VERSIONS := 10.9.0.34 10.16.1.11 11.4.0.106
 
-.PHONY: demo test optimum lint bindings clean
+.PHONY: demo test wheel optimum lint bindings clean
 
 demo: $(READY)
 	$(BIN)/icexport build --cond canny --output builds/canny
@@ -23,6 +23,11 @@ demo: $(READY)
 test: export OMP_NUM_THREADS = 1
 test: lint bindings
 	$(BIN)/pytest -n 2
+
+# The wheel in an empty environment, which the test makes.
+wheel: export OMP_NUM_THREADS = 1
+wheel: $(READY)
+	$(BIN)/pytest -m "slow and network" tests/packaging
 
 # The extra `optimum` in an environment of its own, which the test makes.
 optimum: $(READY)
