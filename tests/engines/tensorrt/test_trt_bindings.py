@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.engines.tensorrt.bindings import ROOT, environment, give_up
+from tests.engines.tensorrt.bindings import ROOT, environment
 
 pytestmark = pytest.mark.tensorrt
 CLASSIC = ("10.9.0.34", "10.16.1.11", "11.4.0.106")
@@ -41,7 +41,7 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     version, folder = request.param, tmp_path_factory.mktemp("flows")
     if version == RTX:
         if importlib.util.find_spec("tensorrt_rtx") is None:
-            give_up("tensorrt_rtx is not installed; run: pip install tensorrt-rtx-cu13")
+            pytest.skip("tensorrt_rtx is not installed; run: pip install tensorrt-rtx-cu13")
         flavour, env = "tensorrt-rtx", {**os.environ, "PYTHONPATH": str(ROOT)}
     else:
         flavour, env = "tensorrt", environment(version, tmp_path_factory.mktemp("bindings"))

@@ -19,7 +19,7 @@ from engines.errors import BackendUnavailableError, EngineError
 from engines.kernels import plugins
 from engines.tensorrt import build
 from engines.tensorrt.build import PlanReport, PlanRequest, build_plan
-from tests.engines.tensorrt.bindings import Library, give_up
+from tests.engines.tensorrt.bindings import Library
 from tests.engines.tensorrt.onnx_models import HALF, conv, save
 
 pytestmark = pytest.mark.tensorrt
@@ -33,7 +33,7 @@ class Double:
         try:
             import tensorrt_rtx
         except ImportError as error:
-            give_up(f"tensorrt_rtx cannot be imported: {error}; run: pip install tensorrt-rtx-cu13")
+            pytest.skip(f"tensorrt_rtx cannot be imported: {error}; run: pip install tensorrt-rtx-cu13")
         self.library = library = Library(tensorrt_rtx)
         library.module.__version__ = "11.4.0"  # type: ignore[attr-defined]
         for module in ("tensorrt", "tensorrt_rtx"):

@@ -22,7 +22,7 @@ from engines.tensorrt import scratch as scratch_module
 from engines.tensorrt.engine import TensorRtEngine
 from engines.tensorrt.scratch import Scratch
 from tests.engines.tensorrt import flows, plan_double
-from tests.engines.tensorrt.bindings import Library, give_up
+from tests.engines.tensorrt.bindings import Library
 from tests.engines.tensorrt.plan_double import INPUTS, OUTPUTS, SHAPES, STREAM, answers, static
 
 pytestmark = pytest.mark.tensorrt
@@ -34,7 +34,7 @@ def real() -> Any:
     try:
         import tensorrt_rtx
     except ImportError as error:
-        give_up(f"tensorrt_rtx cannot be imported: {error}; run: pip install tensorrt-rtx-cu13")
+        pytest.skip(f"tensorrt_rtx cannot be imported: {error}; run: pip install tensorrt-rtx-cu13")
     return tensorrt_rtx
 
 
@@ -402,7 +402,7 @@ def test_a_device_that_the_library_cannot_use_is_refused(tmp_path: Path) -> None
 def test_a_real_plan_runs_on_a_gpu_alone_and_captured(tmp_path: Path) -> None:
     flavour = next((name for name in api.FLAVOURS if registry.check(name).usable), None)
     if flavour is None:
-        give_up(" and ".join(registry.check(name).reason for name in api.FLAVOURS))
+        pytest.skip(" and ".join(registry.check(name).reason for name in api.FLAVOURS))
     onnx.save(onnx.parser.parse_model(flows.MODEL), tmp_path / "model.onnx")
     profiles = ({"x": ((1, 2), (2, 2), (8, 2))}, {"x": ((4, 2),) * 3})
     build.build_plan(
