@@ -124,7 +124,10 @@ def _finetune(condition: str) -> Preset:
     return replace(_innercontrol(condition), loss=LossConfig(), reward_model=None, reconstructed=(), notes=notes)
 
 
-_PRESETS = {"innercontrol": _innercontrol, "controlnet++": _controlnet_pp, "finetune": _finetune}
+FINETUNE = "finetune"
+"""The preset that is there for every condition."""
+
+_PRESETS = {"innercontrol": _innercontrol, "controlnet++": _controlnet_pp, FINETUNE: _finetune}
 
 
 def names() -> tuple[str, ...]:
@@ -137,13 +140,18 @@ def preset(name: str, cond: str) -> Preset:
 
     Args:
         name: One of `names`.
-        cond: canny, hed, lineart or depth.
+        cond: name of the condition.
 
     Raises:
-        UsageError: The name or the condition is unknown.
+        UsageError: The name is unknown, or nothing is published of it for this condition.
     """
     if name not in _PRESETS:
         raise UsageError(f"There is no preset {name!r}. Known presets: {', '.join(_PRESETS)}.")
-    if cond not in _STARTS:
-        raise UsageError(f"Preset {name} has no recipe for condition {cond!r}; it has {', '.join(_STARTS)}.")
-    return _PRESETS[name](cond)
+    if cond in _STARTS:
+        return _PRESETS[name](cond)
+    if name != FINETUNE:
+        raise UsageError(
+            f"Nothing is published of {name} for condition {cond!r}; there is for {', '.join(_STARTS)}. Choose "
+            f"--preset {FINETUNE}, and set loss.alpha and loss.beta."
+        )
+    return Preset(LossConfig(), dict(_TRAINING), None, None, (), f"The diffusion loss alone. {_TRAINING_NOTE}")

@@ -24,6 +24,11 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def register(backend: Backend) -> None:
+    """Make a backend known under its name, in the place of one that has it; ``auto`` tries it last."""
+    BACKENDS[backend.name] = backend
+
+
 def get(name: str) -> Backend:
     """The backend called ``name``.
 
@@ -72,5 +77,7 @@ def resolve(name: str, device: str | torch.device = "cpu", among: Iterable[str] 
                 "".join(f"; not {reason}" for reason in passed_over),
             )
             return candidate
-        passed_over.append(f"{candidate} ({availability.reason}. {availability.fix})")
+        missing = [part for part in (availability.reason, availability.fix) if part]
+        usable = f"it runs on {', '.join(availability.devices) or 'nothing'} here"
+        passed_over.append(f"{candidate} ({'. '.join(missing) or usable})")
     raise BackendUnavailableError(f"no backend can use device {device_type!r} here: {'; '.join(passed_over)}.")

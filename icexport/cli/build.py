@@ -10,13 +10,13 @@ import typer
 
 from icexport.backends import table
 from icexport.cli.console import Steps, emit, show
-from icexport.cli.options import Backends, Dtype, EngineStore, Json
+from icexport.cli.options import CONDITIONS, Backends, Dtype, EngineStore, Json
 from icexport.cli.summary import engine_rows, graph_rows, parity_rows
 from icexport.errors import UsageError
 
 _Cond = Annotated[
     list[str],
-    typer.Option("--cond", metavar="NAME", help="canny, hed, lineart or depth. Repeatable: a bundle for each."),
+    typer.Option("--cond", metavar="NAME", help=f"{CONDITIONS}. Repeatable: a bundle for each."),
 ]
 _Model = Annotated[
     str, typer.Option("--model", metavar="reference|DIR|HUB_ID", help="Base model; 'reference' is the embedded one.")

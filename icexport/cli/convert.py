@@ -33,9 +33,11 @@ def convert(
 
     Reads official align models and ControlNet folders; no code inside of them is run.
     """
+    from icexport import conditions
     from icexport.models.convert import convert as run
 
-    report = run(source, output, cond=cond, taps=taps, force=force)
+    normaliser = "identity" if cond is None else conditions.get(cond).align_normaliser
+    report = run(source, output, cond=cond, normaliser=normaliser, taps=taps, force=force)
     document = {
         "kind": report.kind,
         "output": str(report.output),

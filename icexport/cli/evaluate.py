@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from icexport.cli.console import Steps, emit, show
-from icexport.cli.options import Backend, Device, Dtype, Json
+from icexport.cli.options import CONDITIONS, Backend, Device, Dtype, Json
 from icexport.errors import IcexportError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def evaluate(
     ],
     cond: Annotated[
         str | None,
-        typer.Option("--cond", metavar="NAME", help="canny, hed, lineart or depth.  [default: the bundle's]"),
+        typer.Option("--cond", metavar="NAME", help=f"{CONDITIONS}.  [default: the bundle's]"),
     ] = None,
     model: Annotated[
         str | None,
@@ -182,7 +182,7 @@ def _condition(cond: str | None, model: str | None, bundle: Path | None) -> Cond
     """The condition that is judged: the given one, which has to be the bundle's, or the bundle's."""
     if bundle is None:
         if cond is None:
-            raise UsageError("Name the condition: --cond canny, hed, lineart or depth.")
+            raise UsageError(f"Name the condition: --cond {CONDITIONS}.")
         from icexport import conditions
 
         return conditions.of_model(cond, model or "")

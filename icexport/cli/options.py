@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from icexport.backends.table import BACKENDS
+from icexport.conditions import names
 from icexport.models.precision import PRECISIONS
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -41,6 +42,10 @@ def _dtype(name: str) -> str:
 
 
 _BACKEND_NAMES = "; ".join(f"{backend.name}: {backend.summary}" for backend in BACKENDS.values())
+
+*_FIRST, _LAST = names()
+CONDITIONS = f"{', '.join(_FIRST)} or {_LAST}"
+"""The names of all conditions, for people."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", show_default=False)]

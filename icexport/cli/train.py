@@ -11,7 +11,7 @@ import typer
 
 from icexport.cli.command import Command
 from icexport.cli.console import emit, show, silence_libraries
-from icexport.cli.options import Json
+from icexport.cli.options import CONDITIONS, Json
 from icexport.errors import IcexportError, UsageError
 
 app = typer.Typer(name="train", help="Train models.", no_args_is_help=True, rich_markup_mode=None)
@@ -65,7 +65,7 @@ def base(
         stages.train(work, output or work / "model", recipe, tokenizer.find_bpe_file())
 
 
-_Cond = Annotated[str | None, typer.Option("--cond", metavar="NAME", help="canny, hed, lineart or depth.")]
+_Cond = Annotated[str | None, typer.Option("--cond", metavar="NAME", help=f"{CONDITIONS}.")]
 _Model = Annotated[
     str | None,
     typer.Option(

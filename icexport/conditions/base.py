@@ -13,6 +13,7 @@ from torch import Tensor
 
 from icexport.errors import ConditionError
 from icexport.host.pictures import round_to_8bit, to_image, to_pixels, to_rgb
+from icexport.models.probe import Normaliser
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,6 +34,10 @@ class Condition(ABC):
     unit: ClassVar[str]
     higher_is_better: ClassVar[bool]
     value_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    align_normaliser: ClassVar[Normaliser] = "identity"
+    """What InnerControl's alignment loss applies to the reading of a published align model for this condition."""
+    probe_normaliser: ClassVar[Normaliser] = "identity"
+    """What is applied to the reading of a probe that we train: our control maps are white on black by definition."""
 
     def describe(self) -> dict[str, Any]:
         """What a bundle's manifest records of the condition."""
@@ -44,6 +49,14 @@ class Condition(ABC):
             "unit": self.unit,
             "higher_is_better": self.higher_is_better,
         }
+
+    def for_model(self, model: str) -> Self:
+        """The condition as it is used with a base model, which may have extractors of its own.
+
+        Args:
+            model: as a user names it: ``reference``, a folder or a hub id.
+        """
+        return self
 
     def with_options(self, **options: Any) -> Self:
         """The same condition with some options changed.

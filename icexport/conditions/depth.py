@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,13 +14,12 @@ from torch import Tensor
 from icexport.conditions.base import Condition
 from icexport.errors import ConditionError
 from icexport.fidelity.metrics import depth_rmse, min_max
+from icexport.models.loading import REFERENCE
+from icexport.models.probe import Normaliser
 from icexport.reference import reference_path
 
 DEFAULT_MODEL = "Intel/dpt-hybrid-midas"
 MODEL_TYPES = ("dpt", "depth_anything")
-
-REFERENCE = "reference"
-"""Names the network that comes with the embedded reference model; it knows that model's scenes and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Depth(Condition):
 
     Attributes:
         model: Folder or hub id of a DPT or Depth Anything model. None is Intel/dpt-hybrid-midas if it is in the local
-            cache; naming an id permits the download. ``reference`` is the one of the embedded reference model.
+            cache; naming an id permits the download. ``reference`` is the one of the embedded reference
+            model, which knows that model's scenes and nothing else.
     """
 
     name: ClassVar[str] = "depth"
@@ -37,8 +37,14 @@ class Depth(Condition):
     metric: ClassVar[str] = "RMSE of min-max normalised depth"
     unit: ClassVar[str] = "8-bit levels"
     higher_is_better: ClassVar[bool] = False
+    align_normaliser: ClassVar[Normaliser] = "max"
+    probe_normaliser: ClassVar[Normaliser] = "max"
 
     model: str | Path | None = None
+
+    def for_model(self, model: str) -> Depth:
+        """See ``Condition.for_model``: the reference model has a depth network of its own."""
+        return replace(self, model=REFERENCE) if model == REFERENCE else self
 
     def _extract(self, pixels: Tensor) -> Tensor:
         depth, metric = predict(pixels, self.model)

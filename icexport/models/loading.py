@@ -218,7 +218,7 @@ def find_base(model: str) -> tuple[Path, Family]:
     family = family_of(_pipeline_class(base))
     if missing := [file for file in family.needed if not (base / file).is_file()]:
         raise CheckpointError(
-            f"{base} is not a folder of {family.title} as diffusers saves it: it lacks {', '.join(missing)}. Convert "
+            f"{base} is no folder of {family.title} as diffusers saves it: it lacks {', '.join(missing)}. Convert "
             "a single-file checkpoint with diffusers' from_single_file(...).save_pretrained(FOLDER)."
         )
     return base, family

@@ -39,7 +39,7 @@ def test_parity_in_onnx_runtime_and_rounded_as_on_a_gpu(half_bundle: icexport.Bu
     for name in ("onnxruntime", SIMULATION):
         outputs = [output for graph in half_bundle.manifest.parity[name].values() for output in graph.values()]
         assert len(half_bundle.manifest.parity[name]) == len(GRAPHS)
-        assert all(output["passed"] and output["cosine"] >= 0.999 for output in outputs)
+        assert all(output.passed and output.cosine >= 0.999 for output in outputs)
 
 
 @pytest.mark.parametrize("how", ["onnxruntime", SIMULATION])
@@ -48,7 +48,7 @@ def test_the_same_pictures_as_in_float32(
 ) -> None:
     if how == SIMULATION:
         monkeypatch.setattr(
-            "icexport.runtime.pipeline.load_engine", lambda bundle, graph, **_: simulated(bundle, graph)
+            "icexport.runtime.controlled.load_engine", lambda bundle, graph, **_: simulated(bundle, graph)
         )
     half = icexport.InnerControlPipeline.from_pretrained(half_bundle, backend="onnxruntime")
     half.set_progress_bar_config(disable=True)

@@ -183,7 +183,7 @@ def test_an_empty_folder_and_a_probe_of_another_condition_are_refused(
     config.write_text(config.read_text().replace('"canny"', '"depth"'))
     result = train("controlnet", *common(tiny_model, eight_pictures, tmp_path / "run"), "--probe", tmp_path / "probe")
     assert result.exit_code == 1
-    assert "probe: condition is depth, expected canny" in result.stderr
+    assert "condition of probe and ControlNet differ: depth and canny" in result.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from icexport.conditions.base import Condition
 from icexport.conditions.canny import Canny
 from icexport.conditions.depth import Depth, predict
-from icexport.errors import ConditionError, UsageError
+from icexport.errors import UsageError
 from icexport.fidelity.metrics import EPS, default_tolerance_px, depth_rmse, edge_f1, min_max, psnr, ssim
 from icexport.host.pictures import round_to_8bit
 
@@ -74,6 +74,12 @@ METRICS: dict[str, dict[str, Metric]] = {
 """By condition; the first metric of each is the one that `Condition.score` gives."""
 
 
+def metrics_of(condition: Condition) -> dict[str, Metric]:
+    """The metrics of a condition by name; of one that is not in `METRICS` its own score alone."""
+    own = {"score": Metric(condition.metric, condition.unit, condition.higher_is_better)}
+    return METRICS.get(condition.name, own)
+
+
 @dataclass(frozen=True)
 class Readings:
     """What an extractor finds in pictures.
@@ -96,10 +102,10 @@ def score_pictures(condition: Condition, pictures: Tensor, controls: Tensor) -> 
         controls: ``[N,3,H,W]`` in [0,1], the control map of each picture.
 
     Returns:
-        ``[N]`` float32 for each name in ``METRICS[condition.name]``.
+        ``[N]`` float32 for each name in ``metrics_of(condition)``.
 
     Raises:
-        ConditionError: the condition has no metrics, or lacks weights.
+        ConditionError: the condition lacks weights.
         UsageError: the shapes differ.
     """
     return compare(condition, read(condition, pictures), controls)
@@ -108,8 +114,6 @@ def score_pictures(condition: Condition, pictures: Tensor, controls: Tensor) -> 
 @torch.no_grad()
 def read(condition: Condition, pictures: Tensor) -> Readings:
     """Read the control back from pictures ``[N,3,H,W]`` in [0,1]. Arguments and errors as `score_pictures`."""
-    if condition.name not in METRICS:
-        raise ConditionError(f"There are no metrics for {condition.name!r}; there are for {', '.join(METRICS)}.")
     pictures = round_to_8bit(pictures.float())
     if isinstance(condition, Canny):
         condition = condition.with_options(soft=False)
@@ -126,8 +130,8 @@ def compare(condition: Condition, readings: Readings, controls: Tensor) -> dict[
             f"Control maps of shape {tuple(controls.shape)} do not belong to pictures read as "
             f"{tuple(readings.maps.shape)}: number, height and width must be equal."
         )
-    found = _COMPARE[condition.name](condition, readings, target)
-    return {name: found[name].float() for name in METRICS[condition.name] if name in found}
+    found = _COMPARE.get(condition.name, _compare_as_it_does)(condition, readings, target)
+    return {name: found[name].float() for name in metrics_of(condition) if name in found}
 
 
 def unavailable(condition: Condition, height: int, width: int) -> dict[str, str]:
@@ -142,7 +146,7 @@ def unavailable(condition: Condition, height: int, width: int) -> dict[str, str]
         reasons |= dict.fromkeys(("edge_f1_legacy", "psnr_legacy"), "kornia is not installed.")
     if not isinstance(condition, Depth):
         reasons["depth_rmse_legacy"] = "This extractor gives normalised depth only."
-    return {name: reason for name, reason in reasons.items() if name in METRICS[condition.name]}
+    return {name: reason for name, reason in reasons.items() if name in metrics_of(condition)}
 
 
 def exact_f1(predicted: Tensor, target: Tensor) -> Tensor:
@@ -266,6 +270,10 @@ def _compare_depth(_condition: Condition, readings: Readings, target: Tensor) ->
     if readings.legacy is not None:
         found["depth_rmse_legacy"] = legacy_depth_rmse(readings.legacy, target)
     return found
+
+
+def _compare_as_it_does(condition: Condition, readings: Readings, target: Tensor) -> dict[str, Tensor]:
+    return {"score": condition._compare(readings.maps, target)}
 
 
 _COMPARE: dict[str, Callable[[Condition, Readings, Tensor], dict[str, Tensor]]] = {

@@ -15,7 +15,7 @@ from icexport.conditions.base import Condition
 from icexport.host.files import write_whole
 from icexport.host.pictures import to_image, to_pixels
 from training.evaluation.generate import Item, open_picture, picture_path
-from training.evaluation.metrics import METRICS, read
+from training.evaluation.metrics import metrics_of, read
 
 SHOWN = 4
 """Pictures in each of the rows best, median and worst."""
@@ -64,7 +64,7 @@ def write_report(
         device: where they are read.
     """
     title = f"{condition.name}: {result['settings'].get('model') or next(iter(result['settings'].values()))}"
-    name, metric = next(iter(METRICS[condition.name].items()))
+    name, metric = next(iter(metrics_of(condition).items()))
     found = {item.id: item for item in items}
     cards = {
         place: "".join(_card(found[row["id"]], row, name, condition, folders, device) for row in rows)

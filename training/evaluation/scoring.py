@@ -18,7 +18,7 @@ from icexport.progress import Progress
 from training.evaluation.features import ClipScore, FeatureExtractor, frechet_distance, kernel_distance
 from training.evaluation.generate import Item, open_picture, picture_path
 from training.evaluation.intervals import bootstrap_mean, paired_bootstrap
-from training.evaluation.metrics import METRICS, Metric, compare, read, unavailable
+from training.evaluation.metrics import Metric, compare, metrics_of, read, unavailable
 
 CLIP = "clip_score"
 CLIP_METRIC = Metric("CLIP score", "0 to 100")
@@ -104,7 +104,7 @@ def summarise(
     reasons = {**unavailable(condition, height, width), CLIP: "No CLIP model was given (--clip-model)."}
     with_control, without = judged["control"], judged.get("no_control")
     found = {}
-    for name, metric in {**METRICS[condition.name], CLIP: CLIP_METRIC}.items():
+    for name, metric in {**metrics_of(condition), CLIP: CLIP_METRIC}.items():
         row: dict[str, Any] = {**vars(metric), "control": None}
         if name in with_control.scores:
             row["control"] = _interval(bootstrap_mean(with_control.scores[name], ids, seed))

@@ -16,8 +16,9 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 
+from icexport import conditions
 from icexport.conditions import Condition
-from icexport.models.probe import InnerControlProbe, Normaliser, ProbeConfig
+from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.taps import TapKind, Taps
 from training.loop.task import Task
 from training.tasks.frozen import BaseModels, Frozen, noised, probe_target, read, residuals
@@ -27,8 +28,6 @@ BINS = 10
 """Parts of the noise schedule whose losses are reported apart."""
 
 OFFICIAL_PROJECTION = 384
-
-_NORMALISERS: dict[str, Normaliser] = {"depth": "max"}
 
 
 def new_probe(
@@ -43,8 +42,7 @@ def new_probe(
     Args:
         unet: whose taps it will read.
         tap_kind: which of them.
-        condition: what it will read there. Depth is compared by its maximum, as in InnerControl; the other control
-            maps as they are, since ours are white on black by definition.
+        condition: name of what it will read there, which says how readings and control maps are compared.
         **sizes: any field of ``ProbeConfig``, in place of the above.
 
     Raises:
@@ -59,7 +57,7 @@ def new_probe(
         "time_embed_dim": unet.time_embedding.linear_2.out_features,
         "tap_kind": tap_kind,
         "condition": condition,
-        "normaliser": _NORMALISERS.get(condition or "", "identity"),
+        "normaliser": "identity" if condition is None else conditions.get(condition).probe_normaliser,
         **sizes,
     }
     width = values["projection_dim"]

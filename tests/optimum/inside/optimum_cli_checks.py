@@ -281,7 +281,10 @@ def test_the_error_is_one_line(model: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 1
-    assert "is not a Stable Diffusion folder of diffusers: it lacks unet/config.json" in run.stderr.splitlines()[-1]
+    assert (
+        "is no folder of Stable Diffusion 1 and 2 as diffusers saves it: it lacks unet/config.json"
+        in run.stderr.splitlines()[-1]
+    )
     assert "Traceback" not in run.stderr
 
 

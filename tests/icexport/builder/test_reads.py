@@ -1,0 +1,176 @@
+"""Each file is hashed once per build, each weight loaded at most twice, and a cache hit reads nothing it need not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import icexport
+from icexport.bundle.manifest import MANIFEST_NAME
+from icexport.bundle.store import Bundle
+from icexport.errors import CheckpointError, SchemaError
+from icexport.host import files
+from icexport.models import loading
+
+HOUR_NS = 3600 * 10**9
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file was read to be hashed."""
+    found: Counter[str] = Counter()
+    sha256 = files.sha256
+
+    def counted(path: Path) -> str:
+        found[str(path)] += 1
+        return sha256(path)
+
+    monkeypatch.setattr(files, "sha256", counted)
+    return found
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the weights of each folder were loaded."""
+    found: Counter[str] = Counter()
+    load, load_probe = loading._load, loading.load_probe
+
+    def counted(kind: Any, folder: Path, dtype: Any) -> Any:
+        found[folder.name] += 1
+        return load(kind, folder, dtype)
+
+    def counted_probe(folder: Path, dtype: Any) -> Any:
+        found[folder.name] += 1
+        return load_probe(folder, dtype)
+
+    monkeypatch.setattr(loading, "_load", counted)
+    monkeypatch.setattr(loading, "load_probe", counted_probe)
+    return found
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy that has been there for an hour."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    age(folder)
+    return folder
+
+
+def age(folder: Path) -> None:
+    then = time.time_ns() - HOUR_NS
+    for path in folder.rglob("*"):
+        os.utime(path, ns=(then, then))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": ["onnxruntime", "torch"]},
+        {"backend": ["onnxruntime", "torch", "tensorrt-rtx"], "dtype": "fp16", "target_sm": (89,)},
+    ],
+    ids=["fp32", "fp16"],
+)
+def test_one_build(
+    model: Path, tmp_path: Path, reads: Counter[str], loads: Counter[str], options: dict[str, Any]
+) -> None:
+    bundle = icexport.build("canny", model=str(model), output=tmp_path / "b", engine_store=tmp_path / "s", **options)
+
+    weights = {"unet", "vae", "text_encoder", "controlnet-canny", "probe-canny"}
+    if "dtype" not in options:  # the torch engines have folders of their own
+        assert {name: loads[name] for name in weights} == dict.fromkeys(weights, 2)
+    assert max(loads.values()) <= 2
+    inodes: Counter[tuple[str, ...]] = Counter()
+    for path, count in reads.items():
+        assert count == 1, path
+        inodes[Path(path).name, Path(path).parent.name.lstrip(".")[:64]] += count
+    names = set(reads)
+    assert {str(path.absolute()) for path in bundle.source_paths} <= names if hasattr(bundle, "source_paths") else True
+    assert all(count == 1 for count in inodes.values())
+    Bundle(bundle.path).verify()
+
+
+def test_a_cache_hit_reads_no_file_that_is_as_recorded(model: Path, tmp_path: Path, reads: Counter[str]) -> None:
+    options: dict[str, Any] = {"model": str(model), "backend": "torch", "output": tmp_path / "bundle", "verify": False}
+    icexport.build("canny", **options)
+    stamps = Bundle(tmp_path / "bundle").manifest.stamps
+    assert stamps.source.keys() == Bundle(tmp_path / "bundle").manifest.source.files.keys()
+    reads.clear()
+
+    assert icexport.build("canny", **options).path == tmp_path / "bundle"
+    unsettled = {
+        str(tmp_path / "bundle" / n) for n in Bundle(tmp_path / "bundle").manifest.files if n not in stamps.files
+    }
+    assert set(reads) == unsettled, "only what was written in the last second of the build"
+
+    reads.clear()
+    icexport.build("canny", **options, check_hashes=True)
+    everything = Bundle(tmp_path / "bundle").manifest
+    assert len(reads) == len(everything.files) + len(everything.source.files)
+    assert set(reads.values()) == {1}
+
+
+def test_a_file_that_was_touched_is_read(model: Path, tmp_path: Path, reads: Counter[str]) -> None:
+    options: dict[str, Any] = {"model": str(model), "backend": "torch", "output": tmp_path / "bundle", "verify": False}
+    first = icexport.build("canny", **options)
+    reads.clear()
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    os.utime(weights)
+    assert icexport.build("canny", **options).manifest.key == first.manifest.key
+    assert reads[str(weights)] == 1
+    assert str(model / "unet" / "config.json") not in reads
+
+
+@pytest.mark.parametrize("when", ["just now", "in the future"])
+def test_times_that_prove_nothing_are_not_trusted(model: Path, tmp_path: Path, reads: Counter[str], when: str) -> None:
+    """A file that was changed within a second of the recording, and one after which the clock was set back."""
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    then = time.time_ns() + (0 if when == "just now" else HOUR_NS)
+    os.utime(weights, ns=(then, then))
+    options: dict[str, Any] = {"model": str(model), "backend": "torch", "output": tmp_path / "bundle", "verify": False}
+    bundle = icexport.build("canny", **options)
+    assert "unet/diffusion_pytorch_model.safetensors" not in bundle.manifest.stamps.source
+    reads.clear()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(then, then))
+    changed = icexport.build("canny", **options)
+    assert reads[str(weights)] == 1
+    assert changed.manifest.key != bundle.manifest.key
+
+
+def test_a_model_that_changes_while_it_is_read_is_not_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = loading.load_vae
+
+    def late(folder: Path, dtype: Any) -> Any:
+        found = load(folder, dtype)
+        os.utime(folder / "config.json")
+        return found
+
+    monkeypatch.setattr(loading, "load_vae", late)
+    with pytest.raises(CheckpointError, match=r"changed while it was read: .*vae/config\.json.*build again"):
+        icexport.build("canny", model=str(model), backend="torch", output=tmp_path / "bundle", verify=False)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_of_an_older_icexport_is_built_again(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"model": str(model), "backend": "torch", "output": tmp_path / "bundle", "verify": False}
+    bundle = icexport.build("canny", **options)
+    path = bundle.path / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 2}))
+    with pytest.raises(SchemaError, match=r"schema version 2, from an older icexport.*icexport build --cond canny"):
+        icexport.InnerControlPipeline.from_pretrained(bundle.path)
+    with caplog.at_level("INFO", "icexport"):
+        assert icexport.build("canny", **options).manifest.schema_version == 3
+    assert "from an older icexport" in caplog.text
