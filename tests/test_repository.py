@@ -13,12 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("benchmarks", "engines", "icexport", "training")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 HEAVY = {"cv2", "diffusers", "onnx", "onnxruntime", "torch", "transformers"}
 MAX_LINES = 400
 
 
 def test_the_sources_are_found() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(PACKAGES)
+    assert Path(__file__) in TESTS
 
 
 @pytest.mark.parametrize("package", ["icexport", "engines"])
@@ -29,7 +31,8 @@ def test_import_is_lean(package: str) -> None:
 
 
 def test_files_are_short() -> None:
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    files = [*SOURCES, *TESTS]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
 
 

@@ -31,7 +31,8 @@ _SEVERAL = "--target-sm"
 
 def exit_code(error: BaseException) -> int:
     """The exit code that says what kind of failure ``error`` is."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not to be imported for this
+    # Both are torch's, which is not to be imported for this; a CPU's has no class of its own.
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error):
         return FAILED
     return next((code for kind, code in _CODES if isinstance(error, kind)), BUG)
 

@@ -36,8 +36,9 @@ def convert(
     from icexport import conditions
     from icexport.models.convert import convert as run
 
-    normaliser = "identity" if cond is None else conditions.get(cond).align_normaliser
-    report = run(source, output, cond=cond, normaliser=normaliser, taps=taps, force=force)
+    if cond is not None:
+        conditions.get(cond)
+    report = run(source, output, cond=cond, taps=taps, force=force)
     document = {
         "kind": report.kind,
         "output": str(report.output),

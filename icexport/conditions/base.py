@@ -34,8 +34,6 @@ class Condition(ABC):
     unit: ClassVar[str]
     higher_is_better: ClassVar[bool]
     value_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    align_normaliser: ClassVar[Normaliser] = "identity"
-    """What InnerControl's alignment loss applies to the reading of a published align model for this condition."""
     probe_normaliser: ClassVar[Normaliser] = "identity"
     """What is applied to the reading of a probe that we train: our control maps are white on black by definition."""
 

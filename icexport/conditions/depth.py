@@ -37,7 +37,6 @@ class Depth(Condition):
     metric: ClassVar[str] = "RMSE of min-max normalised depth"
     unit: ClassVar[str] = "8-bit levels"
     higher_is_better: ClassVar[bool] = False
-    align_normaliser: ClassVar[Normaliser] = "max"
     probe_normaliser: ClassVar[Normaliser] = "max"
 
     model: str | Path | None = None

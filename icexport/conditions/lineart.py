@@ -15,7 +15,6 @@ from icexport.conditions.base import Condition
 from icexport.conditions.weights import load_state, read_state
 from icexport.errors import ConditionError
 from icexport.fidelity.metrics import gaussian_filter, ssim
-from icexport.models.probe import Normaliser
 
 DARKEST_LINE = 127 / 255
 """Brightness that a line of median strength gets."""
@@ -43,7 +42,6 @@ class Lineart(Condition):
     metric: ClassVar[str] = "SSIM"
     unit: ClassVar[str] = "ratio"
     higher_is_better: ClassVar[bool] = True
-    align_normaliser: ClassVar[Normaliser] = "minmax_inverted"
 
     sigma: float = 6.0
     threshold: float = 8.0

@@ -19,6 +19,8 @@ from icexport.models.checkpoint import state_problems
 from icexport.models.probe import InnerControlProbe, Normaliser, ProbeConfig, TimestepConvention
 from icexport.models.taps import TapKind
 
+# What InnerControl's alignment loss applies to the readings of its published align models; to others, nothing.
+NORMALISERS: Mapping[str, Normaliser] = {"depth": "max", "lineart": "minmax_inverted"}
 # Sum of the dims -> the kinds of taps with this sum, and the UNet that has them.
 _BACKBONES: Mapping[int, Mapping[TapKind, str]] = {
     10560: {"conv": "SD 1.5"},
@@ -100,7 +102,6 @@ def read_align_model(
     payload: object,
     *,
     condition: str | None,
-    normaliser: Normaliser,
     taps: TapKind | None,
     control_range: tuple[float, float] | None,
     timestep_convention: TimestepConvention,
@@ -111,7 +112,6 @@ def read_align_model(
     Args:
         payload: What the file held.
         condition: name of the condition; the payload does not record it.
-        normaliser: what the alignment loss applies to its readings, to record.
         taps: Kind of taps; None: as the dims or ``model_id`` tell.
         control_range: Reading values (lo, hi) for 0 and 1 of the control map; None: as recorded, else (-1, 1).
         timestep_convention: To record; a network that never sees the embedding gets ``"none"``.
@@ -161,7 +161,7 @@ def read_align_model(
             unused_time_embed_dim=time_width if sequential else None,
             tap_kind=taps or "attn",
             condition=condition,
-            normaliser=normaliser,
+            normaliser=NORMALISERS.get(condition, "identity"),
             control_range=control_range or recorded or (-1.0, 1.0),
             timestep_convention="none" if sequential else timestep_convention,
             provenance={**provenance, "backbone": backbone},

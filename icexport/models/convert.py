@@ -27,7 +27,7 @@ from icexport.errors import CheckpointError, UsageError
 from icexport.host.files import replacing, sha256
 from icexport.models.align import read_align_model, to_official
 from icexport.models.checkpoint import read_safetensors, state_problems
-from icexport.models.probe import CONFIG_NAME, WEIGHTS_NAME, InnerControlProbe, Normaliser, TimestepConvention
+from icexport.models.probe import CONFIG_NAME, WEIGHTS_NAME, InnerControlProbe, TimestepConvention
 from icexport.models.taps import TapKind
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,6 @@ def convert(
     output: Path,
     *,
     cond: str | None = None,
-    normaliser: Normaliser = "identity",
     taps: TapKind | None = None,
     control_range: tuple[float, float] | None = None,
     timestep_convention: TimestepConvention = "true",
@@ -97,7 +96,6 @@ def convert(
         source: Align model (``.pt``), or a ControlNet folder with its ``config.json``.
         output: Folder to write; it appears only when complete.
         cond: Condition; needed for an align model, which does not record it.
-        normaliser: What the alignment loss applies to the readings of this condition; recorded with an align model.
         taps: Kind of taps of an align model; needed if neither its dims nor its config tell.
         control_range: Reading values (lo, hi) for 0 and 1 of the control map; None: as the align model records, else
             (-1, 1) with a warning.
@@ -126,7 +124,6 @@ def convert(
         probe, warnings = read_align_model(
             payload,
             condition=cond,
-            normaliser=normaliser,
             taps=taps,
             control_range=control_range,
             timestep_convention=timestep_convention,

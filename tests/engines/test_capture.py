@@ -1,4 +1,4 @@
-"""Captured calls: buffers and errors on the CPU, with a recorder that calls again; real CUDA graphs on a GPU."""
+"""Captured calls: buffers and errors on the CPU, with a recorder that replays operators; real CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -10,23 +10,7 @@ from torch import Tensor
 
 from engines.capture import CapturedCall, CudaRecorder, Function, Recording
 from engines.errors import EngineError
-
-
-class CpuRecorder:
-    """Replays by calling the function again and writing into the same outputs, as a CUDA graph does."""
-
-    def __init__(self) -> None:
-        self.recorded: list[dict[str, Tensor]] = []
-
-    def __call__(self, function: Function, inputs: dict[str, Tensor]) -> Recording:
-        self.recorded.append(inputs)
-        outputs = function(inputs)
-
-        def replay() -> None:
-            for name, value in function(inputs).items():
-                outputs[name].copy_(value)
-
-        return replay, outputs
+from tests.recorder import TapeRecorder
 
 
 def step(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -34,11 +18,11 @@ def step(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def recorder() -> CpuRecorder:
-    return CpuRecorder()
+def recorder() -> TapeRecorder:
+    return TapeRecorder()
 
 
-def test_every_call_gives_the_outputs_of_its_own_inputs(recorder: CpuRecorder) -> None:
+def test_every_call_gives_the_outputs_of_its_own_inputs(recorder: TapeRecorder) -> None:
     call = CapturedCall(step, recorder)
     for seed in range(3):
         a, b = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(seed))
@@ -49,7 +33,7 @@ def test_every_call_gives_the_outputs_of_its_own_inputs(recorder: CpuRecorder) -
     assert len(recorder.recorded) == 1
 
 
-def test_the_graph_reads_copies_and_leaves_the_inputs_alone(recorder: CpuRecorder) -> None:
+def test_the_graph_reads_copies_and_leaves_the_inputs_alone(recorder: TapeRecorder) -> None:
     def in_place(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"x": inputs["x"].add_(1)}
 
@@ -61,7 +45,7 @@ def test_the_graph_reads_copies_and_leaves_the_inputs_alone(recorder: CpuRecorde
     assert recorder.recorded[0]["x"].data_ptr() != x.data_ptr()
 
 
-def test_inputs_may_have_any_strides(recorder: CpuRecorder) -> None:
+def test_inputs_may_have_any_strides(recorder: TapeRecorder) -> None:
     call = CapturedCall(step, recorder)
     for _ in range(2):
         a = torch.randn(3, 4).T
@@ -69,7 +53,7 @@ def test_inputs_may_have_any_strides(recorder: CpuRecorder) -> None:
     assert recorder.recorded[0]["a"].is_contiguous()
 
 
-def test_outputs_are_valid_until_the_next_call(recorder: CpuRecorder) -> None:
+def test_outputs_are_valid_until_the_next_call(recorder: TapeRecorder) -> None:
     call = CapturedCall(step, recorder)
     first = call({"a": torch.zeros(2), "b": torch.zeros(2)})
     second = call({"a": torch.ones(2), "b": torch.ones(2)})
@@ -78,7 +62,7 @@ def test_outputs_are_valid_until_the_next_call(recorder: CpuRecorder) -> None:
     assert set(call({"a": torch.zeros(2), "b": torch.zeros(2)})) == {"sum", "double"}
 
 
-def test_every_combination_of_shapes_dtypes_and_names_is_recorded_once(recorder: CpuRecorder) -> None:
+def test_every_combination_of_shapes_dtypes_and_names_is_recorded_once(recorder: TapeRecorder) -> None:
     call = CapturedCall(lambda inputs: {"y": sum(inputs.values(), torch.tensor(0))}, recorder)
     small, large, half = torch.ones(2), torch.ones(3), torch.ones(2, dtype=torch.float16)
     combinations: list[dict[str, Tensor]] = [
@@ -92,7 +76,7 @@ def test_every_combination_of_shapes_dtypes_and_names_is_recorded_once(recorder:
     assert len(recorder.recorded) == len(combinations)
 
 
-def test_inference_mode_and_gradients_do_not_reach_the_buffers(recorder: CpuRecorder) -> None:
+def test_inference_mode_and_gradients_do_not_reach_the_buffers(recorder: TapeRecorder) -> None:
     call = CapturedCall(step, recorder)
     with torch.inference_mode():
         call({"a": torch.zeros(2), "b": torch.zeros(2)})
@@ -100,6 +84,38 @@ def test_inference_mode_and_gradients_do_not_reach_the_buffers(recorder: CpuReco
     result = call({"a": a, "b": torch.ones(2)})["sum"]
     assert torch.equal(result, torch.full((2,), 2.0))
     assert not result.requires_grad
+
+
+def test_what_python_decides_is_decided_once(recorder: TapeRecorder) -> None:
+    factor, calls = 2.0, 0
+
+    def scaled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        return {"y": inputs["x"] * factor if factor < 4 else inputs["x"] - 1}
+
+    call = CapturedCall(scaled, recorder)
+    for factor in (2.0, 3.0, 4.0):  # noqa: B007  the function reads it
+        for x in (torch.tensor([1.0]), torch.tensor([5.0])):
+            assert torch.equal(call({"x": x})["y"], 2 * x)
+    assert (calls, recorder.replays) == (1, 6)
+    assert torch.equal(call({"x": torch.ones(2)})["y"], torch.zeros(2)), "another shape is another recording"
+
+
+def test_other_memory_that_the_function_reads_may_change(recorder: TapeRecorder) -> None:
+    weight = torch.ones(3)
+    call = CapturedCall(lambda inputs: {"y": (inputs["x"] * weight).sum(-1), "w": weight[1:]}, recorder)
+    for value in (1.0, 2.0, 3.0):
+        weight.fill_(value)
+        results = call({"x": torch.arange(3.0)})
+        assert results["y"].item() == 3 * value
+        assert results["w"].tolist() == [value] * 2
+
+
+def test_a_function_that_reads_results_back_cannot_be_recorded(recorder: TapeRecorder) -> None:
+    for back in (lambda x: x * float(x.sum()), lambda x: x.nonzero(), lambda x: x if x.any() else -x):
+        with pytest.raises(EngineError, match="waits for the GPU"):
+            CapturedCall(lambda inputs, back=back: {"y": back(inputs["x"])}, recorder)({"x": torch.ones(2)})
 
 
 def test_a_failed_recording_is_an_error_every_time_and_never_an_eager_run() -> None:
@@ -115,7 +131,7 @@ def test_a_failed_recording_is_an_error_every_time_and_never_an_eager_run() -> N
     assert not calls
 
 
-def test_closing_lets_go_of_the_buffers(recorder: CpuRecorder) -> None:
+def test_closing_lets_go_of_the_buffers(recorder: TapeRecorder) -> None:
     call = CapturedCall(step, recorder)
     inputs = {"a": torch.zeros(2), "b": torch.zeros(2)}
     call(inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -144,6 +145,69 @@ def test_collect_keeps_what_a_bundle_refers_to(store: EngineStore, tmp_path: Pat
     (bundle / MANIFEST_NAME).unlink()
     assert [row.key for row in store.collect()] == [KEY]
     assert list((store.root / "bundles").iterdir()) == []
+
+
+SHARED, CANNY, DEPTH, UNUSED = ("12" * 32, "34" * 32, "56" * 32, "78" * 32)
+NEEDED = {"canny": {SHARED, CANNY}, "depth": {SHARED, DEPTH}}
+
+
+@pytest.fixture
+def two_bundles(store: EngineStore, tmp_path: Path) -> EngineStore:
+    """Two registered bundles that share an engine, and an engine that neither has; all with compiled kernels."""
+    store.kernels.mkdir(parents=True)
+    for key in (SHARED, CANNY, DEPTH, UNUSED):
+        store.fetch(key, tmp_path / "built" / key, Maker(key))
+        (store.kernels / f"{key}.cache").write_text("kernels")
+    for name, keys in NEEDED.items():
+        store.register(bundle_of(tmp_path / name, *keys))
+        for key in keys:
+            store.fetch(key, tmp_path / name / "engines" / key, Maker())
+    return store
+
+
+def kept(store: EngineStore) -> set[str]:
+    """What can still be had without building it, with its kernels."""
+    plans = {p.parent.name for p in (store.root / "engines").glob("[!.]*/engine.plan") if p.read_text()}
+    assert plans == {path.stem for path in store.kernels.iterdir()}
+    return plans
+
+
+def test_collect_keeps_what_any_of_two_bundles_needs(two_bundles: EngineStore) -> None:
+    assert {row.key for row in two_bundles.collect(dry_run=True)} == {UNUSED}
+    assert kept(two_bundles) == {SHARED, CANNY, DEPTH, UNUSED}
+    assert {row.key for row in two_bundles.collect()} == {UNUSED}
+    assert kept(two_bundles) == {SHARED, CANNY, DEPTH}
+    assert two_bundles.collect() == []
+
+
+@pytest.mark.parametrize(("deleted", "left"), [("canny", "depth"), ("depth", "canny")])
+def test_collect_keeps_what_the_other_bundle_needs(
+    two_bundles: EngineStore, tmp_path: Path, deleted: str, left: str
+) -> None:
+    two_bundles.collect()
+    shutil.rmtree(tmp_path / deleted)
+    own = NEEDED[deleted] - {SHARED}
+    for _ in range(2):
+        assert {row.key for row in two_bundles.collect(dry_run=True)} == own
+        assert kept(two_bundles) == {SHARED, CANNY, DEPTH}
+    assert {row.key for row in two_bundles.collect()} == own
+    assert kept(two_bundles) == NEEDED[left]
+    for key in NEEDED[left]:
+        assert (tmp_path / left / "engines" / key / "engine.plan").read_text() == key
+        assert two_bundles.fetch(key, tmp_path / "again" / key, Maker()) is True
+    assert two_bundles.collect() == []
+    shutil.rmtree(tmp_path / left)
+    assert {row.key for row in two_bundles.collect()} == NEEDED[left]
+    assert kept(two_bundles) == set()
+
+
+def test_collect_only_tells_when_asked_to(two_bundles: EngineStore, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "depth")
+    (two_bundles.root / "engines" / CANNY / "more").touch()
+    before = sorted(two_bundles.root.rglob("*"))
+    told = two_bundles.collect(dry_run=True)
+    assert sorted(two_bundles.root.rglob("*")) == before
+    assert two_bundles.collect() == told
 
 
 def test_collect_removes_damaged_and_interrupted(store: EngineStore, tmp_path: Path) -> None:

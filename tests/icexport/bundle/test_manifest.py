@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,20 +190,62 @@ def test_digest_ignores_the_order_of_keys() -> None:
     assert digest({"a": 1}) != digest({"a": 2})
 
 
-def test_engine_key_depends_on_every_part() -> None:
-    parts: dict[str, Any] = {
-        "graph_hash": "g",
-        "weights_hash": "w",
-        "profile": PROFILE,
-        "dtype": "fp32",
-        "backend": "tensorrt",
-        "version": "1",
-        "device": "NVIDIA L4 (8, 9)",
-        "kernels": "",
-        "options": {"optimization_level": 3},
-    }
-    other_profile = Profile(PROFILE.batch, PROFILE.height, PROFILE.height)
-    changed = {"profile": other_profile, "options": {"optimization_level": 5}}
-    keys = {digest(key_parts(**(parts | {name: changed.get(name, f"{value}x")}))) for name, value in parts.items()}
+PARTS: dict[str, Any] = {
+    "graph_hash": "a" * 64,
+    "weights_hash": "b" * 64,
+    "profile": PROFILE,
+    "dtype": "fp16",
+    "backend": "tensorrt",
+    "version": "10.9",
+    "device": "NVIDIA L4 sm_89",
+    "kernels": "c" * 64,
+    "options": {"optimization_level": 3, "workspace_bytes": 1 << 30},
+}
 
-    assert len(keys | {digest(key_parts(**parts))}) == len(parts) + 1
+
+def key(**changes: Any) -> str:
+    return digest(key_parts(**{**PARTS, **changes}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"graph_hash": "d" * 64},
+        {"weights_hash": "d" * 64},
+        {"weights_hash": ""},
+        {"profile": replace(PROFILE, batch=SizeRange(1, 2, 4))},
+        {"profile": replace(PROFILE, height=SizeRange(64, 64, 128))},
+        {"profile": replace(PROFILE, width=SizeRange(64, 64, 128))},
+        {"profile": replace(PROFILE, shapes=((64, 96), (64, 128)))},
+        {"dtype": "fp32"},
+        {"backend": "tensorrt-rtx"},
+        {"version": "10.10"},
+        {"device": "NVIDIA L4 sm_90"},
+        {"kernels": ""},
+        {"kernels": "d" * 64},
+        {"options": {"optimization_level": 5, "workspace_bytes": 1 << 30}},
+        {"options": {"optimization_level": 3, "workspace_bytes": 1 << 31}},
+        {"options": {"optimization_level": 3, "workspace_bytes": None}},
+        {"options": {"optimization_level": 3}},
+        {"options": {**PARTS["options"], "more": 1}},
+        {"options": None},
+        {"graph_hash": "b" * 64, "weights_hash": "a" * 64},
+        {"weights_hash": "c" * 64, "kernels": "b" * 64},
+    ],
+    ids=str,
+)
+def test_whatever_changes_an_engine_changes_its_key(change: dict[str, Any]) -> None:
+    assert key(**change) != key()
+
+
+def test_no_two_ingredients_are_taken_for_one_another() -> None:
+    """The same text in the place of another ingredient is another engine."""
+    texts = [name for name, value in PARTS.items() if isinstance(value, str)]
+    none = dict.fromkeys(texts, "")
+    assert len({key(**none), *(key(**{**none, name: "x"}) for name in texts)}) == 1 + len(texts) == 8
+
+
+def test_an_engine_made_of_the_same_has_the_same_key() -> None:
+    same = {**PARTS, "options": dict(reversed(PARTS["options"].items())), "profile": replace(PROFILE)}
+    assert digest(key_parts(**same)) == key()
+    assert key(options=None) == key(options={})

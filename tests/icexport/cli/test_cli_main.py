@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from engines.errors import BackendUnavailableError, EngineError, ShapeError
 from icexport import __version__
@@ -139,6 +140,32 @@ def test_a_bug_is_admitted(icexport, monkeypatch, tmp_path) -> None:
     assert "bug of icexport" in run.stderr
     assert "Traceback" not in run.stderr
     assert "Traceback" in icexport("inspect", tmp_path, "-v").stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 8.00 PiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),
+        EngineError("graph 'unet' failed in ONNX Runtime: Failed to allocate memory for requested buffer of size 9"),
+        EngineError("The builder ran out of memory: free some, or build smaller shapes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_running_out_of_memory_is_a_failure_and_no_bug(icexport, monkeypatch, tmp_path, error: BaseException) -> None:
+    monkeypatch.setattr("icexport.cli.inspect.describe", failing(error))
+    run = icexport("inspect", tmp_path)
+    assert (run.exit_code, run.stdout, run.stderr) == (1, "", f"Error: {error}\n")
+
+
+def test_so_is_running_out_of_it_on_a_cpu_and_no_other_error_of_torch(icexport, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("icexport.cli.inspect.describe", lambda _path: torch.empty(1 << 56))
+    run = icexport("inspect", tmp_path)
+    assert run.exit_code == 1
+    assert "Cannot allocate memory" in run.stderr
+    monkeypatch.setattr("icexport.cli.inspect.describe", lambda _path: torch.empty(2, 3) @ torch.empty(2, 3))
+    assert icexport("inspect", tmp_path).exit_code == 70
 
 
 def test_an_interruption_is_no_error(icexport, monkeypatch, tmp_path) -> None:

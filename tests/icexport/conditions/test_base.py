@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from icexport import conditions
+from icexport.conditions.base import Condition
 from icexport.errors import ConditionError, UsageError
 
 WITHOUT_WEIGHTS = ("canny", "lineart")
@@ -114,6 +118,50 @@ def test_score_is_best_on_its_own_map_and_ignores_less_than_8_bits(name: str) ->
     assert scores.shape == (3,)
     assert scores[0].item() == scores[1].item() == pytest.approx(1, abs=1e-6)
     assert scores[2] < 0.8
+
+
+@dataclass(frozen=True)
+class Darkness(Condition):
+    """Every level of the picture and every level of the reading moves the score."""
+
+    name, metric, unit, higher_is_better = "darkness", "mean difference", "levels", False
+
+    def _extract(self, pixels: torch.Tensor) -> torch.Tensor:
+        return 1 - pixels.mean(1, keepdim=True).sqrt()
+
+    def _compare(self, readings: torch.Tensor, control_maps: torch.Tensor) -> torch.Tensor:
+        return 255 * (readings - control_maps).mean((1, 2, 3))
+
+
+def saved(pixels: torch.Tensor, path: Path) -> Image.Image:
+    """What is in the file once a picture ``[3,H,W]`` of any floats was saved."""
+    levels = (255 * pixels.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(levels).save(path)
+    return Image.open(path)
+
+
+def loaded(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+
+
+def test_score_is_what_anyone_computes_from_the_saved_files(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pictures = 1.4 * torch.rand(4, 3, 2, 2, generator=generator) - 0.2
+    control = torch.randint(256, (4, 1, 2, 2), generator=generator).expand(-1, 3, -1, -1) / 255
+    scores = Darkness().score(pictures, control)
+    for i, (picture, score) in enumerate(zip(pictures, scores, strict=True)):
+        reading = Darkness().extract(saved(picture, tmp_path / f"{i}.png"))
+        expected = 255 * (loaded(reading) - control[i]).mean()
+        assert score.item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", WITHOUT_WEIGHTS)
+def test_a_picture_scores_as_its_file_does(name: str, tmp_path: Path) -> None:
+    noise = 0.1 * torch.randn(3, SIZE[1], SIZE[0], generator=torch.Generator().manual_seed(0))
+    picture = loaded(scene())[0] + noise
+    condition, control = conditions.get(name), loaded(conditions.get(name).extract(scene()))
+    file = loaded(saved(picture, tmp_path / "picture.png"))
+    assert condition.score(picture[None], control).item() == condition.score(file, control).item()
 
 
 @pytest.mark.parametrize(

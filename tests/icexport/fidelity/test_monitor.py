@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from engines.base import TensorSpec
+from engines.kernels import SPECS
 from icexport.errors import UsageError
 from icexport.fidelity.monitor import FidelityMonitor
 from icexport.fidelity.normalise import normalise
@@ -30,8 +32,10 @@ def outputs(tap: Tensor) -> dict[str, Tensor]:
 CONFIG = ProbeConfig((1,), time_embed_dim=None)
 
 
-def monitor(control: Tensor, steps: set[int] | None = None) -> FidelityMonitor:
-    return FidelityMonitor(Probe(), CONFIG, control, steps)
+def monitor(
+    control: Tensor, steps: set[int] | None = None, normaliser: Any = "identity", **options: Any
+) -> FidelityMonitor:
+    return FidelityMonitor(Probe(), replace(CONFIG, normaliser=normaliser), control, steps, **options)
 
 
 def observe(watch: FidelityMonitor, time: float, found: dict[str, Tensor]) -> None:
@@ -143,3 +147,24 @@ def test_a_perfect_reading_is_without_error(normaliser: str, control: list[float
 
     assert right.errors == pytest.approx([0.0], abs=1e-12)
     assert wrong.errors[0] > 0.1
+
+
+@pytest.mark.parametrize("normaliser", ["identity", "max", "minmax_inverted"])
+@pytest.mark.parametrize("size", [(8, 8), (24, 40), (3, 5)])
+def test_the_kernel_gives_the_same_readings(normaliser: str, size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    control = torch.rand(2, 3, *size, generator=generator)
+    taps = [2 * torch.rand(4, 5, 8, 8, generator=generator) - 1 for _ in range(3)]
+    found = []
+    for kernels in (False, True):
+        watch = monitor(control, normaliser=normaliser, kernels=kernels)
+        for index, tap in enumerate(taps):
+            watch(torch.tensor(900.0 - index), outputs(tap))
+        found.append(watch.finish())
+    (plain, heat), (fused, fused_heat) = found
+    assert [(r.index, r.timestep) for r in fused] == [(r.index, r.timestep) for r in plain]
+    for one, other in zip(plain, fused, strict=True):
+        assert other.errors == pytest.approx(one.errors, rel=1e-5)
+    torch.testing.assert_close(fused_heat, heat)
+    sums = SPECS["fidelity_reduce"].op(torch.full((1, 1, 2, 2), 0.3), torch.zeros(1, 3, 4, 4))
+    assert not torch.allclose(sums[:, 0], sums[:, 1]), "or it would not matter which one is read"

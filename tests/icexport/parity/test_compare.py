@@ -14,7 +14,15 @@ from icexport.graphs.stable_diffusion import unet_graph, vae_decoder_graph
 from icexport.models.loading import ModelSource
 from icexport.models.precision import PRECISIONS
 from icexport.parity.cases import Case, cases
-from icexport.parity.compare import COSINE_ERROR, MIN_COSINE, OutputParity, compare, cosine, relative_error
+from icexport.parity.compare import (
+    COSINE_ERROR,
+    MIN_COSINE,
+    OutputParity,
+    compare,
+    cosine,
+    relative_error,
+    room,
+)
 from tests.tiny_models import TEXT_LENGTH, tiny_unet
 
 PROFILE = Profile(SizeRange(1, 1, 4), SizeRange(16, 16, 32), SizeRange(16, 16, 32))
@@ -109,6 +117,97 @@ def test_a_wrong_direction_fails_even_if_torch_errs_as_much() -> None:
     found = judge(Engine(-1.0), own)
     assert found.error <= found.allowed
     assert not found
+
+
+class Pair(Engine):
+    """Two outputs; what each is multiplied with in each case."""
+
+    def __init__(self, names: Sequence[str] = ("left", "right"), **factors: tuple[float, float]) -> None:
+        super().__init__()
+        self.outputs = tuple(TensorSpec(name, torch.float32, (2,)) for name in names)
+        self.factors = factors
+
+    def __call__(self, inputs: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
+        case = int(inputs["x"][0] > 2)
+        return {s.name: inputs["x"] * self.factors.get(s.name, (1.0, 1.0))[case] for s in self.outputs}
+
+
+@pytest.mark.parametrize("wrong", ["left", "right"])
+@pytest.mark.parametrize("names", [("left", "right"), ("right", "left")])
+def test_each_output_is_judged_by_itself(names: tuple[str, str], wrong: str) -> None:
+    found = compare(Pair(names, **{wrong: (1.5, 1.5)}), Pair(names), None, CASES, PRECISIONS["fp32"])
+
+    assert {name for name, parity in found.items() if not parity} == {wrong}
+    assert {name: parity.error for name, parity in found.items()} == {
+        name: pytest.approx(0.5 if name == wrong else 0.0) for name in names
+    }
+
+
+@pytest.mark.parametrize("names", [("left", "right"), ("right", "left")])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_each_output_has_a_worst_case_of_its_own(names: tuple[str, str], reverse: bool) -> None:
+    engine = Pair(names, left=(1.2, 1.1), right=(1.3, 1.4))
+
+    found = compare(engine, Pair(names), None, CASES[::-1] if reverse else CASES, PRECISIONS["fp32"])
+
+    assert {name: (parity.case, round(parity.error, 4)) for name, parity in found.items()} == {
+        "left": ("first", 0.2),
+        "right": ("second", 0.4),
+    }
+
+
+@pytest.mark.parametrize("names", [("left", "right"), ("right", "left")])
+def test_each_output_has_an_allowance_of_its_own(names: tuple[str, str]) -> None:
+    own = Pair(names, left=(1.01, 1.01))
+    engine = Pair(names, left=(1.03, 1.03), right=(1.03, 1.03))
+
+    found = compare(engine, Pair(names), own, CASES, PRECISIONS["fp16"])
+
+    assert found["left"]
+    assert not found["right"]
+    assert found["left"].allowed == pytest.approx(0.04, rel=0.01)
+    assert found["right"].allowed == PRECISIONS["fp16"].floor
+
+
+def test_outputs_of_another_order_or_with_more_among_them_are_matched_by_name() -> None:
+    reference = Pair(left=(1.0, 1.0), right=(2.0, 2.0))
+    engine = Pair(("more", "right", "left"), left=(1.0, 1.0), right=(2.0, 2.0))
+
+    found = compare(engine, reference, None, CASES, PRECISIONS["fp32"])
+
+    assert found.keys() == {"left", "right"}
+    assert all(found.values())
+
+
+def test_room_orders_outputs_from_worst_to_best() -> None:
+    best_to_worst = [
+        OutputParity(1.0, 0.0, 1e-3, "exact", True),
+        OutputParity(0.9999, 2e-4, 1e-3, "a fifth of the allowance", True),
+        OutputParity(0.9999, 2e-3, 4e-3, "a larger error, half of a larger allowance", True),
+        OutputParity(0.9999, 1e-3, 1e-3, "all of the allowance", True),
+        OutputParity(0.9999, 3e-3, 1e-3, "three times the allowance", True),
+        OutputParity(0.99, 1e-4, 1e-3, "another direction", True),
+        OutputParity(-1.0, math.inf, 1e-3, "not finite", False),
+    ]
+
+    rooms = [room(parity) for parity in best_to_worst]
+
+    assert rooms == sorted(rooms, reverse=True)
+    assert len(set(rooms)) == len(rooms)
+    for parity in best_to_worst:
+        assert bool(parity) is (room(parity) >= 1), parity.case
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_case_without_numbers_is_the_worst_of_all(reverse: bool) -> None:
+    engine = Pair(left=(100.0, math.nan), right=(math.inf, 100.0))
+
+    found = compare(engine, Pair(), None, CASES[::-1] if reverse else CASES, PRECISIONS["fp32"])
+
+    assert {name: (parity.case, parity.finite) for name, parity in found.items()} == {
+        "left": ("second", False),
+        "right": ("first", False),
+    }
 
 
 @pytest.mark.parametrize("worst", ["first", "second"])

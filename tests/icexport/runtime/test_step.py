@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +14,15 @@ from icexport.backends.probe_kernels import load_probe_kernels
 from icexport.bundle.store import Bundle
 from icexport.errors import UnsupportedOptionError
 from icexport.runtime.step import StepGraphs
-
-
-class CpuRecorder:
-    """Replays by calling again, and writes into the outputs of the recording, as a CUDA graph does."""
-
-    def __init__(self) -> None:
-        self.recordings = 0
-        self.replays = 0
-
-    def __call__(
-        self, function: Callable[[dict[str, Tensor]], dict[str, Tensor]], inputs: dict[str, Tensor]
-    ) -> tuple[Callable[[], None], dict[str, Tensor]]:
-        self.recordings += 1
-        outputs = {name: tensor.clone() for name, tensor in function(inputs).items()}
-
-        def replay() -> None:
-            self.replays += 1
-            for name, tensor in function(inputs).items():
-                outputs[name].copy_(tensor)
-
-        return replay, outputs
+from tests.recorder import TapeRecorder
 
 
 def draw(pipe: InnerControlPipeline, **options: Any) -> tuple[Tensor, list[list[float]]]:
     control = torch.zeros(1, 3, 16, 16)
     control[..., 4:12, 8] = 1
-    found = pipe(
-        "an apple",
-        image=control,
-        num_inference_steps=4,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-        **options,
-    )
+    generator = torch.Generator().manual_seed(options.pop("seed", 0))
+    options = {"prompt": "an apple", "num_inference_steps": 4, **options}
+    found = pipe(image=control, generator=generator, output_type="pt", **options)
     return found.images, [step.errors for step in found.fidelity.steps]
 
 
@@ -76,15 +50,39 @@ def test_the_same_picture(pipe: InnerControlPipeline, scheduler: str, options: d
 
     pipe.scheduler = scheduler_class(scheduler).from_config(pipe.scheduler.config)
     expected, errors = draw(pipe, **options)
-    recorder = CpuRecorder()
+    recorder = TapeRecorder()
     graphs = StepGraphs(pipe.controlnet.engine, pipe.unet.engine, recorder)
     pipe.unet.step_graphs = pipe.controlnet.step_graphs = graphs
     for _ in range(2):
         images, readings = draw(pipe, **options)
         torch.testing.assert_close(images, expected, rtol=0, atol=0)
         assert readings == errors
-    assert 1 <= recorder.recordings <= 2  # with the control, and without where it ends early
+    assert 1 <= len(recorder.recorded) <= 2  # with the control, and without where it ends early
     assert recorder.replays >= 8
+
+
+def test_no_setting_of_one_picture_is_frozen_for_the_next(pipe: InnerControlPipeline) -> None:
+    """Everything here has the same shapes, and so the same recordings."""
+    settings: list[dict[str, Any]] = [
+        {},
+        {"controlnet_conditioning_scale": 0.2},
+        {"guidance_scale": 3.0},
+        {"control_guidance_end": 0.5},
+        {"control_guidance_start": 0.5},
+        {"prompt": "a pear"},
+        {"seed": 1},
+        {"num_inference_steps": 3},
+    ]
+    expected = [draw(pipe, **options) for options in settings]
+    recorder = TapeRecorder()
+    pipe.unet.graphs = pipe.controlnet.graphs = StepGraphs(pipe.controlnet.engine, pipe.unet.engine, recorder)
+    for options, (images, errors) in [*zip(settings, expected, strict=True)] * 2:
+        found, readings = draw(pipe, **options)
+        torch.testing.assert_close(found, images, rtol=0, atol=0)
+        assert readings == errors, options
+    pictures = {images.numpy().tobytes() for images, _ in expected}
+    assert len(pictures) == len(settings), "every setting changes the picture"
+    assert len(recorder.recorded) <= 2
 
 
 def test_the_controlnet_waits_for_the_unet(pipe: InnerControlPipeline) -> None:
@@ -96,12 +94,13 @@ def test_the_controlnet_waits_for_the_unet(pipe: InnerControlPipeline) -> None:
         return engine
 
     graphs = StepGraphs(
-        watch("controlnet", pipe.controlnet.engine), watch("unet", pipe.unet.engine), recorder := CpuRecorder()
+        watch("controlnet", pipe.controlnet.engine), watch("unet", pipe.unet.engine), recorder := TapeRecorder()
     )
     pipe.unet.step_graphs = pipe.controlnet.step_graphs = graphs
     draw(pipe, check_fidelity=[])
-    assert recorder.recordings == 1
-    assert calls == ["controlnet", "unet"] * (1 + recorder.replays)
+    assert len(recorder.recorded) == 1
+    assert recorder.replays == 4
+    assert calls == ["controlnet", "unet"]
 
 
 def test_no_graph_on_a_cpu(tiny_bundle: Path) -> None:

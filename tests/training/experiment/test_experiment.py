@@ -123,3 +123,19 @@ def test_differences_are_paired_by_seed_and_scene(tmp_path: Path) -> None:
     again = (tmp_path / "docs" / "experiment.md").read_text()
     assert again.count("### canny") == 1
     assert "another test" in again
+
+
+def test_more_seeds_of_the_same_scenes_make_no_interval_narrower(tmp_path: Path) -> None:
+    """The seeds share their scenes, and with them what makes a scene hard."""
+    recipe = Recipe.from_dict(TINY)
+    found = []
+    for seeds in ((0,), (0, 1)):
+        work = tmp_path / str(len(seeds))
+        for seed in seeds:
+            _fake(work / "canny" / "finetune" / f"seed-{seed}", 0.5)
+            _fake(work / "canny" / "both" / f"seed-{seed}", 0.55, spread=0.02)
+        found.append(report.rows(recipe, work, "canny", report.PRIMARY["canny"])[1].difference)
+    one, two = found
+    assert two == pytest.approx(one)
+    _, low, high = one or (0, 0, 0)
+    assert high - low == pytest.approx(2 * 1.96 * 0.02 / 40**0.5, rel=0.1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 
 from icexport.conditions import Hed
@@ -17,7 +17,7 @@ from icexport.errors import CheckpointError, ConditionError, UsageError
 from icexport.models.loading import find_base
 from icexport.reference import reference_path
 from tests.training.tiny_training import CANNY, networks, pictures, seeded
-from training.tasks.frozen import load_base, new_controlnet, noised
+from training.tasks.frozen import BaseModels, Noised, load_base, new_controlnet, noised
 from training.tasks.validation import Validation, ValidationConfig
 
 
@@ -88,6 +88,61 @@ def test_noise_control_and_prompts_come_from_the_generator_and_the_batch(tiny_mo
     signal = models.scheduler.alphas_cumprod[sample.timesteps].view(-1, 1, 1, 1)
     noisy = signal.sqrt() * sample.latents + (1 - signal).sqrt() * sample.noise
     assert torch.allclose(sample.noisy, noisy, atol=1e-5)
+
+
+def drawn(models: BaseModels, count: int, text_dropout: float) -> list[Noised]:
+    """Many small batches of one generator; every prompt is the same one, which is not empty."""
+    generator = seeded(3)
+    batch = {
+        "latents": torch.zeros(250, 4, 2, 2),
+        "control": torch.zeros(250, 3, 4, 4),
+        "input_ids": models.tokenize(["square"]).expand(250, -1),
+    }
+    return [noised(batch, models, CANNY, generator, text_dropout) for _ in range(count // 250)]
+
+
+def test_timesteps_are_uniform_from_the_first_to_the_last(tiny_model: Path) -> None:
+    models, _, _ = networks(tiny_model)
+    found = torch.cat([sample.timesteps for sample in drawn(models, 4000, 0.0)])
+    tenths = torch.histc(found.float(), 10, 0, models.steps)
+    assert tenths.sum() == 4000
+    assert (tenths - 400).abs().max() < 80, "4.2 standard deviations"
+    assert found.min() < 5
+    assert found.max() >= models.steps - 5
+
+
+def test_every_timestep_can_be_drawn_and_no_other(tiny_model: Path) -> None:
+    models, _, _ = networks(tiny_model)
+    models.scheduler = DDPMScheduler.from_config(models.scheduler.config, num_train_timesteps=7)
+    found = torch.cat([sample.timesteps for sample in drawn(models, 500, 0.0)])
+    assert found.unique().tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_as_many_prompts_are_dropped_as_asked(tiny_model: Path, share: float) -> None:
+    models, _, _ = networks(tiny_model)
+    empty = models.embed(models.empty_ids[None])[0]
+    texts = torch.cat([sample.text for sample in drawn(models, 3000, share)])
+    dropped = (texts - empty).abs().amax((1, 2)) < 1e-5
+    assert dropped.float().mean().item() == pytest.approx(share, abs=0.025)  # 4.5 standard deviations
+    if 0 < share < 1:
+        times = torch.cat([sample.timesteps for sample in drawn(models, 3000, share)]).float()
+        assert times[dropped].mean().item() == pytest.approx(models.steps / 2, abs=70), "whatever the timestep"
+
+
+def test_latents_are_samples_of_the_posterior(tiny_model: Path) -> None:
+    models, _, _ = networks(tiny_model)
+    count, scale = 400, float(models.vae.config["scaling_factor"])
+    pixels = pictures(models, 1)["pixels"]
+    with torch.no_grad():
+        posterior = models.vae.encode(2 * pixels - 1).latent_dist
+    batch = {"pixels": pixels.expand(count, -1, -1, -1), "input_ids": models.tokenize(["a"] * count)}
+    latents = noised(batch, models, CANNY, seeded(), 0.0).latents
+    scores = (latents / scale - posterior.mean) / posterior.std
+    assert posterior.std.min() > 1e-3
+    assert scores.mean().item() == pytest.approx(0, abs=0.02)
+    assert scores.std().item() == pytest.approx(1, abs=0.02)
+    torch.testing.assert_close(models.encode(pixels, None), scale * posterior.mean, rtol=1e-4, atol=1e-5)
 
 
 def test_validation_draws_maps_beside_pictures_and_touches_neither_weights_nor_random_numbers(
