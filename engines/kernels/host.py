@@ -1,19 +1,59 @@
-"""What the ops share on the host: checks of arguments, and the way to Triton."""
+"""What the operators share on the host: their definition, checks of arguments, and the way to Triton."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op, infer_schema
 
 from engines.errors import BackendUnavailableError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 _LARGEST_GROUP = 2**31 - 2**20  # less than 2^31, because the last block may reach beyond the end
+
+
+def define_op(
+    reference: Callable[..., Tensor], result_shape: Callable[..., tuple[int, ...]]
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Make ``torch.ops.icexport.<name>``, with the name and the arguments of its reference.
+
+    On a CPU the operator runs the reference, on a GPU ``launch`` of ``engines.kernels.<name>.kernel``. Both get
+    contiguous tensors; ``launch`` also gets the result to fill, as the last argument.
+
+    Args:
+        reference: what the operator computes, in plain torch.
+        result_shape: takes the operator's arguments and returns the shape of its result, or raises a ValueError if
+            they do not fit each other. The result has the dtype and the device of the first argument.
+
+    Returns:
+        The operator, and what it does on a GPU, which on CPU tensors works only in Triton's interpreter.
+    """
+    name = reference.__name__
+
+    def run_reference(*arguments: Any) -> Tensor:
+        result_shape(*arguments)
+        return reference(*_contiguous(arguments))
+
+    def make_result(*arguments: Any) -> Tensor:
+        result: Tensor = arguments[0].new_empty(result_shape(*arguments))
+        return result
+
+    def run_kernel(*arguments: Any) -> Tensor:
+        result = make_result(*arguments)
+        load_kernel(name).launch(*_contiguous(arguments), result)
+        return result
+
+    schema = infer_schema(reference, mutates_args=())
+    op = custom_op(f"icexport::{name}", run_reference, mutates_args=(), device_types="cpu", schema=schema)
+    op.register_fake(make_result)
+    op.register_kernel("cuda", run_kernel)
+    return op, run_kernel
 
 
 def check_tensors(op: str, tensors: Mapping[str, Tensor], dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
@@ -119,3 +159,7 @@ def load_kernel(op: str) -> ModuleType:
         raise BackendUnavailableError(
             f"icexport::{op} on a GPU needs Triton, which cannot be imported: {error}. Run: pip install triton"
         ) from error
+
+
+def _contiguous(arguments: Iterable[Any]) -> Iterator[Any]:
+    return (value.contiguous() if isinstance(value, Tensor) else value for value in arguments)

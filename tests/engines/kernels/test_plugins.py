@@ -86,7 +86,7 @@ def test_a_plugin_launches_as_the_operator_does(
     monkeypatch.setattr(module, "KERNEL", recorder)
     tensors = [torch.zeros(shape, dtype=dtype) for shape in shapes.values()]
     result = getattr(torch.ops.icexport, name)(*tensors, *attributes.values())
-    module.launch(*tensors, *(value for key, value in attributes.items() if key not in ("height", "width")), result)
+    module.launch(*tensors, *attributes.values(), result)
 
     found = plan_launch(name, call_of(node, None, dtype))
 
