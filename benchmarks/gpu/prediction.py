@@ -148,12 +148,12 @@ def _size(tensor: Tensor) -> Size:
 
 def _resize_case(args: tuple[Any, ...], out: Tensor) -> Case:
     x, _, _, shift, first, _, _, groups = args[:8]
-    return Case(len(x), _size(x), _size(out), groups, first, shift.shape[0] == len(x))
+    return Case(len(x), _size(x), _size(out), groups, first, shift_per_sample=len(shift) == len(x))
 
 
 def _residual_case(args: tuple[Any, ...], out: Tensor) -> Case:
     skip, first, groups, normalise = args[2], args[9], args[10], args[12]
-    return Case(len(skip), _size(skip), _size(out), groups, first, normalise)
+    return Case(len(skip), _size(skip), _size(out), groups, first, normalise_skip=normalise)
 
 
 _CASES: dict[str, Callable[[tuple[Any, ...], Tensor], Case]] = {
