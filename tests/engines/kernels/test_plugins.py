@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -241,6 +242,33 @@ def test_the_hash_is_that_of_code_tables_and_triton(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(BackendUnavailableError, match="pip install triton"):
         kernel_hash()
+
+
+@pytest.mark.parametrize(
+    ("changed", "counts"),
+    [
+        ("residual_mix/kernel.py", True),
+        ("residual_mix/plugin.py", True),
+        ("tuning/residual_mix.json", True),
+        ("device.py", True),
+        ("tuning.py", True),
+        ("aot.py", True),
+        ("plugins.py", True),
+        ("spec.py", False),
+        ("check.py", False),
+    ],
+)
+def test_the_hash_counts_what_shapes_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: str, counts: bool
+) -> None:
+    copy = shutil.copytree(Path(plugins.__file__).parent, tmp_path / "kernels")
+    monkeypatch.setattr(plugins, "__file__", str(copy / "plugins.py"))
+    before = kernel_hash()
+
+    with (copy / changed).open("a") as file:
+        file.write("\n")
+
+    assert (kernel_hash() != before) is counts
 
 
 def test_what_cannot_be_registered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
