@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,16 @@ import torch
 
 from engines.base import Availability, TensorSpec
 from engines.tensorrt import engine as engine_module
+from engines.tensorrt import scratch as scratch_module
+from engines.tensorrt.engine import TensorRtEngine
+from tests.engines.tensorrt.bindings import Library
 
 STREAM = 4242
 INPUTS = (TensorSpec("x", torch.float32, ("batch", 2, 3)), TensorSpec("step", torch.float32, ()))
 OUTPUTS = (TensorSpec("y", torch.float32, ("batch", 2, 3)), TensorSpec("tap", torch.float32, ("batch", 5)))
 SHAPES: dict[str, tuple[int, ...]] = {"x": (-1, 2, 3), "step": (), "y": (-1, 2, 3), "tap": (-1, 5)}
+
+RANGE = ((1, 2, 3), (2, 2, 3), (4, 2, 3))
 
 Triple = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -86,6 +93,33 @@ def use_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "launch_stream", launch_stream)
     available = Availability(True, "", "", "", ("cpu",))
     monkeypatch.setattr(engine_module.registry, "check", lambda backend: available)
+
+
+class Bench:
+    """Makes engines on one double of TensorRT-RTX."""
+
+    def __init__(self, real: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+        self.plan = folder / "unet.plan"
+        self.plan.write_bytes(b"plan" * 100)
+        self.library = Library(real)
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", self.library.module)
+        use_cpu(monkeypatch)
+
+    def engine(self, profiles: Any = (RANGE,), shapes: Any = SHAPES, other: Any = None, **arguments: Any) -> Any:
+        self.library.answers = answers(profiles, shapes, **(other or {}))
+        self.library.calls.clear()
+        given = {"inputs": INPUTS, "outputs": OUTPUTS, "flavour": "tensorrt-rtx", "device": "cpu", **arguments}
+        return TensorRtEngine("unet", self.plan, **given)
+
+    def capture(self) -> None:
+        """From here on, a CUDA graph is being captured."""
+        for module in (scratch_module, engine_module):
+            self.monkeypatch.setattr(module, "capturing", lambda: True)
+
+
+def inputs(batch: int) -> dict[str, torch.Tensor]:
+    return {"x": torch.arange(6.0 * batch).reshape(batch, 2, 3), "step": torch.tensor(3.0)}
 
 
 def _array(address: int, count: int) -> np.ndarray:

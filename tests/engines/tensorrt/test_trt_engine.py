@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,53 +17,11 @@ from engines.tensorrt import api, build
 from engines.tensorrt import scratch as scratch_module
 from engines.tensorrt.engine import TensorRtEngine
 from engines.tensorrt.scratch import Scratch
-from tests.engines.tensorrt import flows, plan_double
-from tests.engines.tensorrt.bindings import Library, give_up
-from tests.engines.tensorrt.plan_double import INPUTS, OUTPUTS, SHAPES, STREAM, answers, static
+from tests.engines.tensorrt import flows
+from tests.engines.tensorrt.bindings import give_up
+from tests.engines.tensorrt.plan_double import INPUTS, OUTPUTS, STREAM, Bench, inputs
 
 pytestmark = pytest.mark.tensorrt
-RANGE = ((1, 2, 3), (2, 2, 3), (4, 2, 3))
-
-
-@pytest.fixture(scope="session")
-def real() -> Any:
-    try:
-        import tensorrt_rtx
-    except ImportError as error:
-        give_up(f"tensorrt_rtx cannot be imported: {error}; run: pip install tensorrt-rtx-cu13")
-    return tensorrt_rtx
-
-
-class Bench:
-    """Makes engines on one double."""
-
-    def __init__(self, real: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.monkeypatch = monkeypatch
-        self.plan = folder / "unet.plan"
-        self.plan.write_bytes(b"plan" * 100)
-        self.library = Library(real)
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", self.library.module)
-        plan_double.use_cpu(monkeypatch)
-
-    def engine(self, profiles: Any = (RANGE,), shapes: Any = SHAPES, other: Any = None, **arguments: Any) -> Any:
-        self.library.answers = answers(profiles, shapes, **(other or {}))
-        self.library.calls.clear()
-        given = {"inputs": INPUTS, "outputs": OUTPUTS, "flavour": "tensorrt-rtx", "device": "cpu", **arguments}
-        return TensorRtEngine("unet", self.plan, **given)
-
-    def capture(self) -> None:
-        """From here on, a CUDA graph is being captured."""
-        for module in (scratch_module, sys.modules[TensorRtEngine.__module__]):
-            self.monkeypatch.setattr(module, "capturing", lambda: True)
-
-
-@pytest.fixture
-def bench(real: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(real, tmp_path, monkeypatch)
-
-
-def inputs(batch: int) -> dict[str, torch.Tensor]:
-    return {"x": torch.arange(6.0 * batch).reshape(batch, 2, 3), "step": torch.tensor(3.0)}
 
 
 def test_outputs_are_computed_in_memory_that_the_caller_owns(bench: Bench) -> None:
@@ -115,32 +69,6 @@ def test_shapes_are_set_once_for_all_calls_that_have_them(bench: Bench) -> None:
     assert len(bench.library.called("IExecutionContext.execute_async_v3")) == 5
 
 
-@pytest.mark.parametrize(("batch", "profile"), [(1, 1), (2, 2), (3, 0), (4, 0)])
-def test_the_narrowest_profile_that_fits_is_used(bench: Bench, batch: int, profile: int) -> None:
-    engine = bench.engine([RANGE, static(1), static(2)])
-    engine(inputs(batch))
-    assert bench.library.called("IExecutionContext.set_optimization_profile_async") == [(profile, STREAM)]
-
-
-def test_shapes_outside_of_all_profiles_are_refused_with_what_is_allowed(bench: Bench) -> None:
-    engine = bench.engine([RANGE, static(8)])
-    with pytest.raises(ShapeError) as caught:
-        engine(inputs(5))
-    for part in ("'unet'", "x [5, 2, 3]", "x [1..4, 2, 3] or x [8, 2, 3]", "icexport build", "min:opt:max"):
-        assert part in str(caught.value)
-    with pytest.raises(ShapeError, match="expected"):
-        engine({"x": torch.zeros(1, 2, 4), "step": torch.tensor(0.0)})
-
-
-def test_a_plan_of_fixed_shapes_needs_no_profile(bench: Bench) -> None:
-    shapes = {"x": (2, 2, 3), "step": (), "y": (2, 2, 3), "tap": (2, 5)}
-    engine = bench.engine([static(2)], shapes)
-    assert torch.equal(engine(inputs(2))["y"], inputs(2)["x"] + 1)
-    assert not bench.library.called("ICudaEngine.get_tensor_profile_shape")
-    with pytest.raises(ShapeError, match="not built for x"):
-        engine(inputs(1))
-
-
 def test_engines_share_scratch_memory_that_grows_to_the_largest(bench: Bench) -> None:
     scratch = Scratch("cpu")
     first = bench.engine(scratch=scratch)
@@ -158,19 +86,6 @@ def test_engines_share_scratch_memory_that_grows_to_the_largest(bench: Bench) ->
     ]
 
 
-def test_scratch_memory_of_a_captured_graph_is_neither_grown_nor_freed(bench: Bench) -> None:
-    scratch = Scratch("cpu")
-    address = scratch.address(1000)
-    with bench.monkeypatch.context() as patch:
-        patch.setattr(scratch_module, "capturing", lambda: True)
-        assert scratch.address(500) == address
-        with pytest.raises(EngineError, match="2000 bytes of scratch memory during the capture"):
-            scratch.address(2000)
-    kept = [memory.data_ptr() for memory in scratch._captured]
-    assert kept == [address]
-    assert scratch.address(2000) != address
-
-
 def test_scratch_memory_of_another_device_is_refused(bench: Bench) -> None:
     with pytest.raises(EngineError, match="scratch memory is on meta"):
         bench.engine(scratch=Scratch("meta"))
@@ -184,44 +99,6 @@ def test_rtx_compiles_at_once_and_leaves_cuda_graphs_to_the_caller(bench: Bench)
         (real.DynamicShapesKernelSpecializationStrategy.EAGER,)
     ]
     assert not bench.library.called("IRuntimeConfig.create_runtime_cache")
-
-
-def test_rtx_keeps_compiled_kernels_in_a_file(bench: Bench, tmp_path: Path) -> None:
-    path = tmp_path / "kernels.bin"
-    contents = [b"one", b"two"]
-    other = {"IRuntimeCache.serialize": lambda cache: bench.library.make("IHostMemory", contents.pop(0))}
-    engine = bench.engine(other=other, runtime_cache=path)
-    engine(inputs(1))
-    engine(inputs(1))
-    assert path.read_bytes() == b"one"
-    engine(inputs(2))
-    assert path.read_bytes() == b"two"
-    assert [file.name for file in tmp_path.iterdir() if "kernels" in file.name] == ["kernels.bin"]
-    bench.engine(runtime_cache=path)
-    assert bench.library.called("IRuntimeCache.deserialize") == [(b"two",)]
-
-
-def test_rtx_replaces_a_cache_of_another_gpu(bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "kernels.bin"
-    path.write_bytes(b"foreign")
-    other = {
-        "IRuntimeCache.deserialize": False,
-        "IRuntimeCache.serialize": lambda cache: bench.library.make("IHostMemory", b"mine"),
-    }
-    with caplog.at_level("INFO"):
-        bench.engine(other=other, runtime_cache=path)(inputs(1))
-    assert "another GPU, driver or version" in caplog.text
-    assert path.read_bytes() == b"mine"
-
-
-def test_a_cache_that_cannot_be_written_is_an_error(bench: Bench, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    other = {"IRuntimeCache.serialize": lambda cache: bench.library.make("IHostMemory", b"")}
-    engine = bench.engine(other=other, runtime_cache=tmp_path / "file" / "kernels.bin")
-    with pytest.raises(EngineError, match="cannot be written"):
-        engine(inputs(1))
-    with pytest.raises(EngineError, match="runtime cache was refused"):
-        bench.engine(other={"IRuntimeConfig.set_runtime_cache": False}, runtime_cache=tmp_path / "kernels.bin")
 
 
 def test_a_plan_that_rtx_says_cannot_be_captured_is_not(bench: Bench) -> None:
@@ -279,37 +156,6 @@ def test_a_failed_run_says_what_the_library_logged(bench: Bench, caplog: pytest.
     assert "Error Code" not in caplog.text
 
 
-def replaced(specs: tuple[TensorSpec, ...], index: int, spec: TensorSpec) -> tuple[TensorSpec, ...]:
-    return (*specs[:index], spec, *specs[index + 1 :])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"inputs": INPUTS[:1]}, "the graph has no input step"),
-        ({"inputs": (*INPUTS, TensorSpec("text", torch.float32, ()))}, "it has no input text"),
-        ({"outputs": OUTPUTS[:1]}, "the graph has no output tap"),
-        ({"inputs": replaced(INPUTS, 1, OUTPUTS[1]), "outputs": (OUTPUTS[0], INPUTS[1])}, "it has no input tap"),
-        (
-            {"inputs": replaced(INPUTS, 0, TensorSpec("x", torch.float16, ("batch", 2, 3)))},
-            r"x: float16 \[batch, 2, 3\] is FLOAT \[-1, 2, 3\] in it",
-        ),
-        ({"inputs": replaced(INPUTS, 0, TensorSpec("x", torch.float32, ("batch", 2, 4)))}, "is FLOAT"),
-        ({"inputs": replaced(INPUTS, 1, TensorSpec("step", torch.float32, ("batch",)))}, r"is FLOAT \[\]"),
-    ],
-)
-def test_a_plan_of_another_graph_is_refused(bench: Bench, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(EngineError, match=message) as caught:
-        bench.engine(**arguments)
-    assert "icexport build --force --backend tensorrt-rtx" in str(caught.value)
-
-
-def test_a_tensor_in_host_memory_is_refused(bench: Bench) -> None:
-    location = {"ICudaEngine.get_tensor_location": lambda engine, name: engine.library.real.TensorLocation.HOST}
-    with pytest.raises(EngineError, match=r"step: float32 \[\] would have to lie in host memory"):
-        bench.engine(other=location)
-
-
 def test_a_closed_engine_frees_contexts_first_and_refuses_calls(bench: Bench) -> None:
     engine = bench.engine()
     engine(inputs(1))
@@ -317,79 +163,6 @@ def test_a_closed_engine_frees_contexts_first_and_refuses_calls(bench: Bench) ->
     engine.close()
     with pytest.raises(EngineError, match="was closed"):
         engine(inputs(1))
-
-
-# In a process of its own that ends without cleaning up: where there is no driver, TensorRT-RTX may wait for ever for a
-# lock of its own when a runtime is destroyed.
-LOAD = """
-import os, sys
-from pathlib import Path
-import pytest
-from engines.errors import EngineError
-from engines.tensorrt.engine import TensorRtEngine
-from tests.engines.tensorrt import plan_double
-plan_double.use_cpu(pytest.MonkeyPatch())
-try:
-    TensorRtEngine("unet", Path(sys.argv[1]), (), (), flavour="tensorrt-rtx", device="cpu")
-except EngineError as error:
-    print(error, flush=True)
-    os._exit(0)
-os._exit(1)
-"""
-
-
-@pytest.mark.parametrize("content", [b"", b"short", b"abcd" * 1000], ids=["empty", "short", "foreign"])
-def test_the_real_library_says_why_it_cannot_load_a_plan(real: Any, tmp_path: Path, content: bytes) -> None:
-    plan = tmp_path / "unet.plan"
-    plan.write_bytes(content)
-    root = Path(__file__).parents[3]
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(plan)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    message = done.stdout
-    for part in ("'unet'", str(plan), f"tensorrt_rtx {real.__version__} cannot load", "build the plan again"):
-        assert part in message
-    reason = {b"": "empty file", b"short": "fewer than the header"}.get(content, "INVALID MALFORMED_ENGINE")
-    assert reason in message
-    if len(content) > 64:
-        assert "magicTag" in message
-
-
-class FakeStream:
-    """A CUDA stream as far as `launch_stream` looks at it."""
-
-    def __init__(self, handle: int, events: list[str]) -> None:
-        self.cuda_stream = handle
-        self._events = events
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self._events.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
-
-
-@pytest.mark.parametrize(("current", "used"), [(0, 9), (5, 5)], ids=["default stream", "another stream"])
-def test_tensorrt_never_gets_the_default_stream(monkeypatch: pytest.MonkeyPatch, current: int, used: int) -> None:
-    events: list[str] = []
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream(current, events))
-    monkeypatch.setattr(scratch_module, "_own_stream", lambda device: FakeStream(9, events))
-    with contextlib.suppress(EngineError), scratch_module.launch_stream(torch.device("cuda", 0)) as handle:
-        events.append(f"launch on {handle}")
-        raise EngineError
-    waits = ["9 waits for 0", "launch on 9", "0 waits for 9"]
-    assert events == (waits if current == 0 else [f"launch on {used}"])
-
-
-def test_a_missing_plan_is_named(bench: Bench) -> None:
-    bench.plan.unlink()
-    with pytest.raises(EngineError, match="No such file"):
-        bench.engine()
 
 
 def test_a_device_that_the_library_cannot_use_is_refused(tmp_path: Path) -> None:
