@@ -144,8 +144,8 @@ def kernel_hash() -> str:
     return digest.hexdigest()
 
 
-def plan_launch(name: str, call: Call) -> Launch:
-    """How the plugin of an operator launches its kernel for one node."""
+def choose_launch(name: str, call: Call) -> Launch:
+    """How the plugin of an operator is to launch its kernel for one node."""
     launch: Launch = _definition(name).launch(call)
     return launch
 
@@ -224,7 +224,7 @@ class _Plugin:
     def implement(self, inputs: Sequence[Any], attributes: Sequence[Any]) -> tuple[str, str, Any, Any]:
         """Name of the kernel, its PTX, grid and blocks, and its int32 arguments."""
         call = self._call(inputs, attributes)
-        launch = plan_launch(self.name, call)
+        launch = choose_launch(self.name, call)
         ptx = compile_kernel(self.name, call, launch)
         launch_parameters = self.api.KernelLaunchParams()
         launch_parameters.grid_x, launch_parameters.grid_y = launch.grid

@@ -18,7 +18,7 @@ from typing import Any
 from engines.errors import BackendUnavailableError, EngineError
 from engines.tensorrt.api import FLAVOURS, driver_problem, load
 from engines.tensorrt.api import logger as make_logger
-from engines.tensorrt.monitor import make_monitor
+from engines.tensorrt.build_progress import make_progress_monitor
 from engines.tensorrt.onnx_file import OnnxFile
 from engines.tensorrt.plan import PlanReport, PlanRequest, Shapes
 from engines.tensorrt.readback import engine_precision, network_plugins, network_precision
@@ -256,7 +256,7 @@ def _run(
     progress: Callable[[str, float], None],
 ) -> Any:
     """Build, and return the plan in the library's own memory: a copy would double the peak."""
-    monitor = make_monitor(module, progress)
+    monitor = make_progress_monitor(module, progress)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if monitor.failure is not None:

@@ -46,7 +46,7 @@ class TensorRtEngine:
     Inputs are read from, and outputs written to, the memory of torch tensors. A call queues the work on torch's
     current stream and returns. Nothing waits for the GPU, so a call can be captured in a CUDA graph
     (``engines.capture.CapturedCall``), after one ordinary call with the same shapes. Every new combination of input
-    shapes makes an execution context, the state that a captured graph relies on; contexts share their working memory.
+    shapes makes an execution context, the state that a CUDA graph relies on; contexts share their working memory.
     An engine must not be called from two threads at once.
 
     Args:
@@ -152,7 +152,7 @@ class TensorRtEngine:
             return user_managed
         options = engine.create_runtime_config()
         options.set_execution_context_allocation_strategy(user_managed)
-        # CUDA graphs are captured from outside, over several engines. With the lazy strategy such a graph would keep
+        # CUDA graphs are captured from outside, over several engines. With the lazy strategy they would keep
         # the fallback kernels for ever, and equal calls would differ before and after these are replaced.
         specialisation = module.DynamicShapesKernelSpecializationStrategy.EAGER
         options.dynamic_shapes_kernel_specialization_strategy = specialisation

@@ -39,7 +39,7 @@ class Scratch:
         """Address of at least ``size`` bytes, valid until the next call; the memory grows if it is smaller.
 
         Memory that is asked for while a CUDA graph is being captured is kept for the life of this object, because the
-        graph has its address.
+        CUDA graph has its address.
 
         Raises:
             EngineError: If the memory would have to grow during a capture.

@@ -61,8 +61,8 @@ def build(
     """
     plan = request.plan.absolute()
     try:
-        scratch = tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}.")
-        log = log or Path(scratch.name) / "log"
+        folder = tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}.")
+        log = log or Path(folder.name) / "log"
         output = log.open("wb")
     except OSError as error:
         raise EngineError(
@@ -71,10 +71,10 @@ def build(
     inner = replace(
         request,
         onnx=request.onnx.absolute(),
-        plan=Path(scratch.name) / plan.name,
+        plan=Path(folder.name) / plan.name,
         timing_cache=request.timing_cache and request.timing_cache.absolute(),
     )
-    with scratch, output:
+    with folder, output:
         code, last, stuck = _run(inner, progress, output, device)
         if stuck:
             raise EngineError(

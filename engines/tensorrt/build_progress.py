@@ -49,7 +49,7 @@ class ProgressTree:
         return self._share(parent) / parent.steps if parent else 0.0
 
 
-def make_monitor(module: Any, progress: Callable[[str, float], None]) -> Any:
+def make_progress_monitor(module: Any, progress: Callable[[str, float], None]) -> Any:
     """Make a progress monitor for a builder.
 
     Args:
