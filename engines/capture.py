@@ -30,14 +30,14 @@ class CudaRecorder:
         """Call the function a few times, then record it.
 
         Args:
-            function: Must neither wait for the GPU nor read anything back.
+            function: must neither wait for the GPU nor read anything back.
             inputs: what it is called with. The CUDA graph reads them where they are.
 
         Returns:
             What replays the CUDA graph on torch's current stream, and the outputs.
 
         Raises:
-            EngineError: If the inputs are not all on one CUDA device, or the function cannot be captured.
+            EngineError: if the inputs are not all on one CUDA device, or the function cannot be captured.
         """
         devices = {tensor.device for tensor in inputs.values()}
         if len(devices) != 1 or {device.type for device in devices} != {"cuda"}:
@@ -80,9 +80,9 @@ class CapturedCall:
     memory that the function reads, can change: what Python decides in the function is decided once.
 
     Args:
-        function: Takes and returns named tensors: any composition of engine calls and torch operations that does not
+        function: takes and returns named tensors: any composition of engine calls and torch operations that does not
             wait for the GPU.
-        record: A ``CudaRecorder`` to share memory with other calls, which then must run in turn; None makes one.
+        record: a ``CudaRecorder`` to share memory with other calls, which then must run in turn; None makes one.
     """
 
     def __init__(self, function: Function, record: Recorder | None = None) -> None:
@@ -95,13 +95,13 @@ class CapturedCall:
         """Run the function.
 
         Args:
-            inputs: All on one CUDA device. Any strides.
+            inputs: all on one CUDA device. Any strides.
 
         Returns:
             The function's outputs, valid until the next call.
 
         Raises:
-            EngineError: If the inputs are not on one CUDA device, or the function cannot be captured. It never runs
+            EngineError: if the inputs are not on one CUDA device, or the function cannot be captured. It never runs
                 without a CUDA graph instead.
         """
         key = tuple((name, tensor.dtype, tensor.shape, tensor.device) for name, tensor in sorted(inputs.items()))

@@ -37,11 +37,11 @@ class Ptx:
     """One compiled kernel.
 
     Attributes:
-        name: Of the entry.
+        name: name of the entry.
         text: PTX; its entry has the kernel's arguments without the constexprs, in order.
-        shared_memory: Dynamic shared memory of a program in bytes, to be requested at the launch.
-        num_warps: Warps of a program; a launch has 32 threads for each.
-        target: Architecture, e.g. ``"sm_90a"``.
+        shared_memory: dynamic shared memory of a program in bytes, to be requested at the launch.
+        num_warps: warps of a program; a launch has 32 threads for each.
+        target: architecture, e.g. ``"sm_90a"``.
     """
 
     name: str
@@ -56,8 +56,8 @@ class Resources:
     """What one thread of a kernel needs, according to ptxas.
 
     Attributes:
-        registers: Number of 32-bit registers.
-        spill_bytes: Stored to and loaded from local memory for lack of registers.
+        registers: number of 32-bit registers.
+        spill_bytes: bytes stored to and loaded from local memory for lack of registers.
     """
 
     registers: int
@@ -68,7 +68,7 @@ def signature(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
     """Triton's types of a kernel's arguments: pointers (``*_ptr``) to one dtype, int32 scalars, constexprs.
 
     Raises:
-        ValueError: If the kernels do not take the dtype.
+        ValueError: if the kernels do not take the dtype.
     """
     if dtype not in _TYPES:
         raise ValueError(f"{kernel.__name__} is {dtype}, expected one of {', '.join(map(str, _TYPES))}.")
@@ -94,18 +94,18 @@ def compile_ptx(
     """Compile a kernel for one architecture.
 
     Args:
-        kernel: The ``triton.jit`` function.
-        signature: Argument -> Triton type, in order; see ``signature``.
-        constexprs: Value of every argument of type ``constexpr``.
-        capability: Of the GPU, 90 for 9.0; ``PORTABLE`` for PTX that later ones take as well.
-        num_warps: Warps of a program.
-        num_stages: Stages of Triton's software pipeline.
-        aligned: Arguments that are always multiples of 16: pointers in bytes, scalars in value. Without them memory is
+        kernel: the ``triton.jit`` function.
+        signature: argument -> Triton type, in order; see ``signature``.
+        constexprs: value of every argument of type ``constexpr``.
+        capability: compute capability of the GPU, 90 for 9.0; ``PORTABLE`` for PTX that later ones take as well.
+        num_warps: warps of a program.
+        num_stages: stages of Triton's software pipeline.
+        aligned: arguments that are always multiples of 16: pointers in bytes, scalars in value. Without them memory is
             read element by element.
 
     Raises:
-        ValueError: If constexprs or aligned name other arguments than the kernel has.
-        EngineError: If the kernel cannot be compiled, or uses scratch memory, which a plugin cannot give it.
+        ValueError: if constexprs or aligned name other arguments than the kernel has.
+        EngineError: if the kernel cannot be compiled, or uses scratch memory, which a plugin cannot give it.
     """
     constants = {name for name, kind in signature.items() if kind == "constexpr"}
     if constants != set(constexprs) or not set(aligned) <= set(signature) - constants:
@@ -139,7 +139,7 @@ def parameters(text: str) -> tuple[str, ...]:
     """Declarations in the entry of a PTX text, e.g. ``.param .u32 name_param_3``.
 
     Raises:
-        EngineError: If the text does not have exactly one entry.
+        EngineError: if the text does not have exactly one entry.
     """
     return tuple(line.strip() for line in _entry(text)[2].split(","))
 
@@ -148,7 +148,7 @@ def strip_parameters(text: str, count: int) -> str:
     """PTX whose entry has only its first ``count`` parameters.
 
     Raises:
-        EngineError: If it has fewer, or a later one is used.
+        EngineError: if it has fewer, or a later one is used.
     """
     start, end, declared = _entry(text)
     declarations = declared.split(",")
@@ -168,7 +168,7 @@ def resources(ptx: Ptx, capability: int) -> Resources:
     """Assemble PTX for a GPU with Triton's ptxas.
 
     Raises:
-        EngineError: If ptxas refuses the text.
+        EngineError: if ptxas refuses the text.
     """
     target = ptx.target if ptx.target.rstrip("a") == f"sm_{capability}" else f"sm_{capability}"
     with tempfile.TemporaryDirectory() as folder:

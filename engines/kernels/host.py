@@ -60,12 +60,12 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor], dtypes: tuple[torch.dt
     """Refuse tensors that are empty, not all on one device, or not all of one of the dtypes.
 
     Args:
-        op: Name for messages.
-        tensors: Argument name -> tensor; the first one sets dtype and device.
-        dtypes: Those that the op takes.
+        op: name of the operator, for messages.
+        tensors: tensor of each argument, by name; the first one sets dtype and device.
+        dtypes: types that the operator takes.
 
     Raises:
-        ValueError: Naming the tensor, what it is and what was expected.
+        ValueError: naming the tensor, what it is and what was expected.
     """
     first, reference = next(iter(tensors.items()))
     if reference.dtype not in dtypes:
@@ -85,13 +85,13 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, .
     """Refuse a tensor of another shape.
 
     Args:
-        op: Name for messages.
-        name: Of the argument.
-        tensor: The argument.
-        expected: One entry an axis: a size, or the name of a free one.
+        op: name of the operator, for messages.
+        name: name of the argument.
+        tensor: the argument.
+        expected: one entry an axis: a size, or the name of a free one.
 
     Raises:
-        ValueError: Naming the tensor, its shape and the expected one.
+        ValueError: naming the tensor, its shape and the expected one.
     """
     shape = tuple(tensor.shape)
     if len(shape) != len(expected) or any(
@@ -104,7 +104,7 @@ def check_channels(op: str, name: str, tensor: Tensor, first: int, count: int) -
     """Refuse a range of channels that the tensor does not have.
 
     Raises:
-        ValueError: Naming the range and the number of channels.
+        ValueError: naming the range and the number of channels.
     """
     if first < 0 or first + count > tensor.shape[1]:
         raise ValueError(
@@ -117,7 +117,7 @@ def check_groups(op: str, channels: int, num_groups: int, eps: float) -> None:
     """Refuse a GroupNorm that cannot be computed.
 
     Raises:
-        ValueError: If the groups do not divide the channels, or eps is not positive.
+        ValueError: if the groups do not divide the channels, or eps is not positive.
     """
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{op}: {num_groups} groups cannot share {channels} channels evenly. Choose a divisor.")
@@ -129,7 +129,7 @@ def check_size(op: str, height: int, width: int) -> None:
     """Refuse an empty result.
 
     Raises:
-        ValueError: If a side is not positive.
+        ValueError: if a side is not positive.
     """
     if height < 1 or width < 1:
         raise ValueError(f"{op}: the result would be {height} x {width} px, expected at least 1 x 1.")
@@ -139,7 +139,7 @@ def check_indexable(op: str, group_elements: int) -> None:
     """Refuse a group of channels that the kernels, which count its elements in 32 bits, cannot address.
 
     Raises:
-        ValueError: With the number of elements.
+        ValueError: with the number of elements.
     """
     if group_elements > _LARGEST_GROUP:
         raise ValueError(
@@ -151,7 +151,7 @@ def load_kernel(op: str) -> ModuleType:
     """Import ``engines.kernels.<op>.kernel``, which needs Triton.
 
     Raises:
-        BackendUnavailableError: If Triton is missing or broken. The reference never runs instead of a kernel.
+        BackendUnavailableError: if Triton is missing or broken. The reference never runs instead of a kernel.
     """
     try:
         return importlib.import_module(f"engines.kernels.{op}.kernel")

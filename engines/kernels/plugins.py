@@ -57,12 +57,12 @@ class Call:
     """One node of a network, as far as its launch depends on it.
 
     Attributes:
-        shapes: Of the inputs, by name. A batch that is free in the engine is None; everything else is known.
-        attributes: Of the node, by name.
-        batch: Samples: a number, or TensorRT's expression of a free batch.
-        usual_batch: Samples that the launch is chosen for.
-        dtype: Of every tensor.
-        capability: Compute capability that the launch is chosen for, 90 for 9.0.
+        shapes: shapes of the inputs, by name. A batch that is free in the engine is None; all else is known.
+        attributes: attributes of the node, by name.
+        batch: samples, a number or TensorRT's expression of a free batch.
+        usual_batch: samples that the launch is chosen for.
+        dtype: type of every tensor.
+        capability: compute capability that the launch is chosen for, 90 for 9.0.
     """
 
     shapes: Mapping[str, tuple[Any, ...]]
@@ -78,10 +78,10 @@ class Launch:
     """How to launch a kernel.
 
     Attributes:
-        grid: Programs in x and y: numbers, or expressions of a free batch.
-        scalars: The kernel's int32 arguments, in its order.
-        constants: Its constexpr arguments but for those in ``config``.
-        config: Block sizes, warps and stages.
+        grid: programs in x and y, numbers or expressions of a free batch.
+        scalars: the kernel's int32 arguments, in its order.
+        constants: the kernel's constexpr arguments, but for those in ``config``.
+        config: block sizes, warps and stages.
     """
 
     grid: tuple[Any, Any]
@@ -97,11 +97,11 @@ def register(module: Any, names: Sequence[str]) -> None:
 
     Args:
         module: ``tensorrt``, 10.9 or later.
-        names: ``icexport::<op>`` each.
+        names: names of the plugins, ``icexport::<op>`` each.
 
     Raises:
-        EngineError: An unknown name.
-        BackendUnavailableError: This TensorRT has no ahead-of-time plugins, or Triton is missing.
+        EngineError: if a name is unknown.
+        BackendUnavailableError: if this TensorRT has no ahead-of-time plugins, or Triton is missing.
     """
     known = {f"{NAMESPACE}::{name}": name for name in PLUGINS}
     unknown = [name for name in names if name not in known]
@@ -125,7 +125,7 @@ def kernel_hash() -> str:
     The code that only tests and measures kernels does not count: a new test case leaves every plan as it is.
 
     Raises:
-        BackendUnavailableError: Triton is missing.
+        BackendUnavailableError: if Triton is missing.
     """
     try:
         version = importlib.import_module("triton").__version__
@@ -154,8 +154,8 @@ def compile_kernel(name: str, call: Call, launch: Launch) -> Ptx:
     """The kernel of an operator, compiled for one node: its attributes and the launch configuration are baked in.
 
     Raises:
-        EngineError: The launch does not fit the kernel, or the kernel cannot be compiled.
-        BackendUnavailableError: Triton is missing.
+        EngineError: if the launch does not fit the kernel, or the kernel cannot be compiled.
+        BackendUnavailableError: if Triton is missing.
     """
     kernel = load_kernel(name).KERNEL
     from engines.kernels import aot  # here, because it needs Triton

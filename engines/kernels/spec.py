@@ -36,16 +36,16 @@ class Case:
     """One set of inputs.
 
     Attributes:
-        batch: B.
-        source: Channels, height and width of the map that is read (x, skip, reading).
-        target: Channels, height and width of the result; for ``fidelity_reduce`` of the target.
-        groups: Of the GroupNorm.
-        first_channel: Where the wanted channels of the source begin.
-        shift_per_sample: Whether every sample has a shift of its own; only for ``resize_group_norm_relu``.
-        normalise_skip: Whether the shortcut has a GroupNorm; only for ``residual_mix``.
-        values: What the maps contain: ``huge`` is up to 3e4 in magnitude, ``constant`` is about 3e4 everywhere.
-        layout: How the maps lie in memory.
-        large: Of the size of SD 1.5; for GPUs.
+        batch: number of samples, B.
+        source: channels, height and width of the map that is read (x, skip, reading).
+        target: channels, height and width of the result; for ``fidelity_reduce`` of the target.
+        groups: number of groups of the GroupNorm.
+        first_channel: where the wanted channels of the source begin.
+        shift_per_sample: whether every sample has a shift of its own; only for ``resize_group_norm_relu``.
+        normalise_skip: whether the shortcut has a GroupNorm; only for ``residual_mix``.
+        values: what the maps contain: ``huge`` is up to 3e4 in magnitude, ``constant`` is about 3e4 everywhere.
+        layout: how the maps lie in memory.
+        large: whether the maps are as large as those of SD 1.5; such cases are for GPUs.
     """
 
     batch: int
@@ -72,15 +72,15 @@ class KernelSpec:
     """One operator.
 
     Attributes:
-        name: Of the operator in the namespace ``icexport``.
-        op: The operator.
-        reference: The same in plain torch, in any floating-point type.
-        run_kernel: What the operator does on a GPU; on CPU tensors it works only in Triton's interpreter.
-        dtypes: Those that it takes.
-        cases: Inputs to test, and the large ones to measure.
-        arguments: (case, dtype, device) -> positional arguments, always the same ones.
-        traffic_bytes: (case, bytes of an element) -> least bytes to and from memory.
-        flops: case -> floating-point operations, an addition or multiplication counting 1.
+        name: name of the operator in the namespace ``icexport``.
+        op: the operator.
+        reference: the same in plain torch, in any floating-point type.
+        run_kernel: what the operator does on a GPU; on CPU tensors it works only in Triton's interpreter.
+        dtypes: types that the operator takes.
+        cases: inputs to test, and the large ones to measure.
+        arguments: makes the positional arguments from (case, dtype, device), always the same ones.
+        traffic_bytes: counts the least bytes to and from memory from (case, bytes of an element).
+        flops: counts the floating-point operations of a case; an addition or multiplication counts 1.
     """
 
     name: str
@@ -120,7 +120,7 @@ class _Draw:
         return value.clamp(max=1) if self._case.values != "randn" else value.frac()
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normally distributed."""
+        """Normally distributed values times ``scale``."""
         return (scale * torch.randn(shape, generator=self._generator)).to(self._device, self._dtype)
 
     def _values(self, shape: tuple[int, ...]) -> Tensor:

@@ -93,13 +93,13 @@ def build_plan(request: PlanRequest, progress: Callable[[str, float], None]) -> 
     """Build a plan in this process and write it.
 
     Args:
-        request: What to build.
-        progress: Called with what is being done and the fraction done, 0 to 1. An exception that it raises stops the
+        request: what to build.
+        progress: called with what is being done and the fraction done, 0 to 1. An exception that it raises stops the
             builder at the next occasion, and is raised again from here.
 
     Raises:
-        BackendUnavailableError: If the library is missing or too old, or cannot start here.
-        EngineError: If the ONNX file or its data are damaged, TensorRT does not take the graph, the build fails, or
+        BackendUnavailableError: if the library is missing or too old, or cannot start here.
+        EngineError: if the ONNX file or its data are damaged, TensorRT does not take the graph, the build fails, or
             what was built is not what was asked for. No plan is written then.
     """
     module = load(request.flavour)

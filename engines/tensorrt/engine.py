@@ -28,10 +28,10 @@ class _Run:
     """What all calls with the same input shapes share.
 
     Attributes:
-        context: Execution context of the library, with profile and input shapes set.
-        shapes: Of the outputs, in the order of the engine's specs.
-        scratch_bytes: Working memory that the context needs.
-        address: Of the working memory that it was given last.
+        context: execution context of the library, with profile and input shapes set.
+        shapes: shapes of the outputs, in the order of the engine's specs.
+        scratch_bytes: size of the working memory that the context needs.
+        address: address of the working memory that the context was given last.
     """
 
     context: Any
@@ -50,19 +50,19 @@ class TensorRtEngine:
     An engine must not be called from two threads at once.
 
     Args:
-        name: Of the graph.
-        plan: File with the serialised engine.
-        inputs: Specs of the graph's inputs; the plan must have exactly these.
-        outputs: Specs of the graph's outputs, likewise.
+        name: name of the graph, for messages.
+        plan: file with the serialised engine.
+        inputs: specs of the graph's inputs; the plan must have exactly these.
+        outputs: specs of the graph's outputs, likewise.
         flavour: ``"tensorrt"`` or ``"tensorrt-rtx"``: the library that made the plan.
         device: ``"cuda"`` or ``"cuda:<i>"``.
-        scratch: Working memory, shared by engines that run one after the other; None makes one for this engine.
-        runtime_cache: File in which TensorRT-RTX keeps the kernels that it compiles for this GPU, so that the next
+        scratch: working memory, shared by engines that run one after the other; None makes one for this engine.
+        runtime_cache: file in which TensorRT-RTX keeps the kernels that it compiles for this GPU, so that the next
             process need not; made if missing. None keeps nothing. TensorRT compiles none and leaves it alone.
 
     Raises:
-        BackendUnavailableError: If the library or the device cannot be used.
-        EngineError: If the plan is missing, damaged, or was made for another GPU, version or graph; with the reasons
+        BackendUnavailableError: if the library or the device cannot be used.
+        EngineError: if the plan is missing, damaged, or was made for another GPU, version or graph; with the reasons
             that the library gives.
     """
 
@@ -112,7 +112,7 @@ class TensorRtEngine:
         """Queue one run of the graph on torch's current stream; see ``engines.Engine``.
 
         Raises:
-            ShapeError: Also if the shapes are outside of every profile of the plan; the message lists these.
+            ShapeError: also if the shapes are outside of every profile of the plan; the message lists these.
         """
         if self._engine is None:
             raise EngineError(f"graph {self.name!r} ({self.plan}) was closed and cannot be run. Build a new engine.")

@@ -22,7 +22,7 @@ class Scratch:
     engines that are given the same object must run on one stream, or on streams that wait for each other.
 
     Args:
-        device: Where the memory lies.
+        device: where the memory lies.
     """
 
     def __init__(self, device: str | torch.device = "cuda") -> None:
@@ -42,7 +42,7 @@ class Scratch:
         CUDA graph has its address.
 
         Raises:
-            EngineError: If the memory would have to grow during a capture.
+            EngineError: if the memory would have to grow during a capture.
         """
         in_capture = capturing()
         if size > self.nbytes:

@@ -49,14 +49,14 @@ def build(
     subprocess is ended, its files are removed, and the exception goes on.
 
     Args:
-        request: What to build.
-        progress: Called in this process with what is being done and the fraction done, 0 to 1.
-        log: File for everything that the library says; None keeps only its last lines, for the error message.
-        device: Index of the CUDA device to build on, as torch counts; the subprocess sees no other.
+        request: what to build.
+        progress: called in this process with what is being done and the fraction done, 0 to 1.
+        log: file for everything that the library says; None keeps only its last lines, for the error message.
+        device: index of the CUDA device to build on, as torch counts; the subprocess sees no other.
 
     Raises:
-        BackendUnavailableError: If the library is missing or too old, or cannot start here.
-        EngineError: If the build fails (see `build_plan`), or the subprocess crashes, runs out of memory, hangs or is
+        BackendUnavailableError: if the library is missing or too old, or cannot start here.
+        EngineError: if the build fails (see `build_plan`), or the subprocess crashes, runs out of memory, hangs or is
             killed: the message holds the signal, the last lines of the log and a way out.
     """
     plan = request.plan.absolute()

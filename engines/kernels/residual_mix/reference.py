@@ -34,8 +34,8 @@ def residual_mix(
         main_beta: ``[P]``: addend of the GroupNorm of main.
         skip_gamma: ``[P]``: factor of the GroupNorm of the shortcut; not read unless ``normalise_skip``.
         skip_beta: ``[P]``: addend of the GroupNorm of the shortcut; not read unless ``normalise_skip``.
-        mix: ``[L]``: weights of the taps.
-        index: which of them is this tap's.
+        mix: ``[L]``: weights of all taps.
+        index: which of the weights is this tap's.
         first_channel: the shortcut is channels ``first_channel`` to ``first_channel + P`` of skip.
         num_groups: number of groups of both GroupNorms, whose statistics are those of maps at H x W, in float32.
         eps: epsilon of both GroupNorms.
