@@ -7,17 +7,13 @@ to scratch memory, which these kernels do not use: they are taken out of the sig
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from engines.errors import EngineError
@@ -41,27 +37,12 @@ class Ptx:
         text: PTX; its entry has the kernel's arguments without the constexprs, in order.
         shared_memory: dynamic shared memory of a program in bytes, to be requested at the launch.
         num_warps: warps of a program; a launch has 32 threads for each.
-        target: architecture, e.g. ``"sm_90a"``.
     """
 
     name: str
     text: str
     shared_memory: int
     num_warps: int
-    target: str
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one thread of a kernel needs, according to ptxas.
-
-    Attributes:
-        registers: number of 32-bit registers.
-        spill_bytes: bytes stored to and loaded from local memory for lack of registers.
-    """
-
-    registers: int
-    spill_bytes: int
 
 
 def signature(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
@@ -132,16 +113,7 @@ def compile_ptx(
             "memory, which an ahead-of-time plugin cannot provide. Use smaller blocks."
         )
     text = strip_parameters(compiled.asm["ptx"], len(signature) - len(constants))
-    return Ptx(metadata.name, text, metadata.shared, num_warps, _target(text))
-
-
-def parameters(text: str) -> tuple[str, ...]:
-    """Declarations in the entry of a PTX text, e.g. ``.param .u32 name_param_3``.
-
-    Raises:
-        EngineError: if the text does not have exactly one entry.
-    """
-    return tuple(line.strip() for line in _entry(text)[2].split(","))
+    return Ptx(metadata.name, text, metadata.shared, num_warps)
 
 
 def strip_parameters(text: str, count: int) -> str:
@@ -164,37 +136,9 @@ def strip_parameters(text: str, count: int) -> str:
     return text[:start] + ",".join(declarations[:count]).rstrip() + "\n" + body
 
 
-def resources(ptx: Ptx, capability: int) -> Resources:
-    """Assemble PTX for a GPU with Triton's ptxas.
-
-    Raises:
-        EngineError: if ptxas refuses the text.
-    """
-    target = ptx.target if ptx.target.rstrip("a") == f"sm_{capability}" else f"sm_{capability}"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx.text, encoding="utf-8")
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", str(source), "-o", f"{source}.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise EngineError(f"ptxas refuses {ptx.name} ({ptx.target}) for {target}: {done.stderr.strip()}")
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    spills = re.findall(r"(\d+) bytes spill", done.stderr)
-    if registers is None or not spills:
-        raise EngineError(f"ptxas did not report what {ptx.name} needs, but: {done.stderr.strip()}")
-    return Resources(int(registers[1]), sum(map(int, spills)))
-
-
 def _entry(text: str) -> tuple[int, int, str]:
     """Start, end and text of the parameter list of the only entry."""
     entries = list(re.finditer(r"\.entry\s+\w+\s*\(([^)]*)\)", text))
     if len(entries) != 1:
         raise EngineError(f"the PTX has {len(entries)} entries, expected 1.")
     return entries[0].start(1), entries[0].end(1), entries[0][1]
-
-
-def _target(text: str) -> str:
-    target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
-    if target is None:
-        raise EngineError("the PTX names no target.")
-    return target[1]

@@ -170,8 +170,8 @@ def _obituary(request: PlanRequest, code: int, log: Path) -> str:
     else:
         advice = (
             "A crash of the library itself: export at another opset (attention with heads narrower than 16 at opset "
+            "23 is known to crash TensorRT-RTX 1.7), or use another backend"
         )
-        advice += "23 is known to crash TensorRT-RTX 1.7), or use another backend"
     return (
         f"the process that built {request.onnx.name} with {request.flavour} ended without a result ({how}). {advice}. "
         f"End of its log:\n  {tail}"

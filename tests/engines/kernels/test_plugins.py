@@ -19,6 +19,7 @@ from engines.errors import BackendUnavailableError, EngineError
 from engines.kernels import aot, plugins
 from engines.kernels.host import load_kernel
 from engines.kernels.plugins import Call, choose_launch, compile_kernel, kernel_hash, register
+from tests.engines.kernels.ptx import parameters, resources
 from tests.engines.tensorrt.bindings import ROOT, environment
 
 VERSIONS = ("10.9.0.34", "10.16.1.11", "11.4.0.106")
@@ -130,10 +131,10 @@ def test_ptx_takes_what_tensorrt_passes() -> None:
 
     ptx = compile_kernel(node[0], call, launch)
 
-    kinds = [re.split(r"\s+", parameter)[1] for parameter in aot.parameters(ptx.text)]
+    kinds = [re.split(r"\s+", parameter)[1] for parameter in parameters(ptx.text)]
     assert kinds == [".u64"] * len(node[1]) + [".u32"] * len(launch.scalars) + [".u64"]
     assert ptx.num_warps == launch.config.num_warps
-    assert aot.resources(ptx, 80).registers > 0
+    assert resources(ptx, 80).registers > 0
 
 
 @dataclass
@@ -146,8 +147,8 @@ class Compiler:
     def __call__(self, kernel: Any, *arguments: Any, aligned: Any) -> aot.Ptx:
         names = ("signature", "constants", "capability", "num_warps", "num_stages")
         self.calls.append(dict(zip(names, arguments, strict=True)) | {"aligned": set(aligned)})
-        _, _, capability, num_warps, num_stages = arguments
-        return aot.Ptx(kernel.__name__, "", self.stage * num_stages, num_warps, f"sm_{capability}")
+        *_, num_warps, num_stages = arguments
+        return aot.Ptx(kernel.__name__, "", self.stage * num_stages, num_warps)
 
 
 @pytest.fixture
