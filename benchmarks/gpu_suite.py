@@ -88,7 +88,7 @@ def _problem(output: Path, resume: bool, device: str, minutes: float) -> str:
 
 
 def _has_gpu() -> bool:
-    """Asked in another process: this one holds no context on the GPU while the phases measure."""
+    """Whether torch sees a GPU, in another process: this one holds no context on it while the phases measure."""
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603  fixed arguments
 

@@ -1,23 +1,10 @@
-"""Run a graph on a device: one protocol, several backends.
+"""Run a graph on a device: one protocol, several engines.
 
-Knows nothing of diffusion. This package and its registry import without torch, so that a command line can list the
-backends at once; the modules of the backends (``engines.torch_eager``, ``engines.onnxruntime``) import it.
+Knows nothing of diffusion, and imports without torch; the modules of the engines (``engines.torch_eager``,
+``engines.onnxruntime`` ...) import it. Which of them there are, `icexport.backends` knows.
 """
 
 from engines.base import Availability, Engine, TensorSpec
 from engines.errors import BackendUnavailableError, EngineError, ShapeError
-from engines.registry import BACKENDS, Backend, available, check, resolve
 
-__all__ = [
-    "BACKENDS",
-    "Availability",
-    "Backend",
-    "BackendUnavailableError",
-    "Engine",
-    "EngineError",
-    "ShapeError",
-    "TensorSpec",
-    "available",
-    "check",
-    "resolve",
-]
+__all__ = ["Availability", "BackendUnavailableError", "Engine", "EngineError", "ShapeError", "TensorSpec"]

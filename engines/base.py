@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from engines.errors import BackendUnavailableError, EngineError, ShapeError
 
-if TYPE_CHECKING:  # the registry, and with it ``--help`` of the command line, must not pay for torch
+if TYPE_CHECKING:  # a command line that lists the backends must not pay for torch
     from collections.abc import Mapping, Sequence
 
     import torch
@@ -65,7 +65,7 @@ class Engine(Protocol):
 
     Attributes:
         name: Of the graph, for messages.
-        backend: Name in ``engines.BACKENDS``.
+        backend: name of the backend, as the user writes it.
         device: Where inputs must lie and outputs will lie.
         inputs: Specs of all inputs; every call needs all of them.
         outputs: Specs of all outputs.

@@ -21,7 +21,7 @@ _WARM_UP_CALLS = 2
 
 
 class CudaRecorder:
-    """Records functions as CUDA graphs. Graphs of one recorder share memory: replay them in turn, on one stream."""
+    """Records functions as CUDA graphs. Those of one recorder share memory: replay them in turn, on one stream."""
 
     def __init__(self) -> None:
         self._pool: Any = None  # torch's type for it is private
@@ -30,20 +30,21 @@ class CudaRecorder:
         """Call the function a few times, then record it.
 
         Args:
-            function: Must neither wait for the GPU nor read anything back.
-            inputs: What it is called with. The graph reads them where they are.
+            function: must neither wait for the GPU nor read anything back.
+            inputs: what it is called with. The CUDA graph reads them where they are.
 
         Returns:
-            What replays the graph on torch's current stream, and the outputs.
+            What replays the CUDA graph on torch's current stream, and the outputs.
 
         Raises:
-            EngineError: If the inputs are not all on one CUDA device, or the function cannot be captured.
+            EngineError: if the inputs are not all on one CUDA device, or the function cannot be captured.
         """
         devices = {tensor.device for tensor in inputs.values()}
         if len(devices) != 1 or {device.type for device in devices} != {"cuda"}:
             found = ", ".join(f"{name} on {tensor.device}" for name, tensor in inputs.items()) or "no inputs"
             raise EngineError(
-                f"a CUDA graph needs all inputs on one CUDA device, got {found}. Move them, or run without a graph."
+                f"a CUDA graph needs all inputs on one CUDA device, got {found}. Move them, or run without "
+                "a CUDA graph."
             )
         with torch.cuda.device(devices.pop()):
             return self._capture(function, inputs)
@@ -52,36 +53,36 @@ class CudaRecorder:
         current, side = torch.cuda.current_stream(), _capture_stream(torch.cuda.current_device())
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            # What happens only once is not for the graph: lazy libraries, the engines' contexts and scratch memory.
+            # What happens only once is not to be recorded: lazy libraries, the engines' contexts and scratch memory.
             for _ in range(_WARM_UP_CALLS):
                 function(inputs)
         current.wait_stream(side)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        cuda_graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=side):
+            with torch.cuda.graph(cuda_graph, pool=self._pool, stream=side):
                 outputs = function(inputs)
         except RuntimeError as error:
             self._pool = None  # torch may think that it still records into it
             raise EngineError(
                 f"the step cannot be captured in a CUDA graph: {error}. Something in it waits for the GPU, or takes "
-                "memory that is not torch's. Run it without a graph."
+                "memory that is not torch's. Run it without a CUDA graph."
             ) from error
-        return graph.replay, outputs
+        return cuda_graph.replay, outputs
 
 
 class CapturedCall:
     """A function of tensors that runs as a CUDA graph, recorded at the first call with each combination of shapes.
 
-    A call copies the inputs to where the graph reads them, and replays it. The outputs are memory of the graph: they
-    are valid until the next call of this object, or of another one with the same recorder; clone what has to stay. The
-    graph repeats the kernels of the recording, so nothing but the values in the inputs, and in other memory that the
-    function reads, can change: what Python decides in the function is decided once.
+    A call copies the inputs to where the CUDA graph reads them, and replays it. The outputs are memory of the CUDA
+    graph: they are valid until the next call of this object, or of another one with the same recorder; clone what has
+    to stay. A replay repeats the kernels of the recording, so nothing but the values in the inputs, and in other
+    memory that the function reads, can change: what Python decides in the function is decided once.
 
     Args:
-        function: Takes and returns named tensors: any composition of engine calls and torch operations that does not
+        function: takes and returns named tensors: any composition of engine calls and torch operations that does not
             wait for the GPU.
-        record: A ``CudaRecorder`` to share memory with other calls, which then must run in turn; None makes one.
+        record: a ``CudaRecorder`` to share memory with other calls, which then must run in turn; None makes one.
     """
 
     def __init__(self, function: Function, record: Recorder | None = None) -> None:
@@ -94,14 +95,14 @@ class CapturedCall:
         """Run the function.
 
         Args:
-            inputs: All on one CUDA device. Any strides.
+            inputs: all on one CUDA device. Any strides.
 
         Returns:
             The function's outputs, valid until the next call.
 
         Raises:
-            EngineError: If the inputs are not on one CUDA device, or the function cannot be captured. It never runs
-                without a graph instead.
+            EngineError: if the inputs are not on one CUDA device, or the function cannot be captured. It never runs
+                without a CUDA graph instead.
         """
         key = tuple((name, tensor.dtype, tensor.shape, tensor.device) for name, tensor in sorted(inputs.items()))
         if key not in self._recordings:
@@ -116,11 +117,11 @@ class CapturedCall:
         return dict(outputs)
 
     def close(self) -> None:
-        """Free the graphs and their memory. The next call records again."""
+        """Free the CUDA graphs and their memory. The next call records again."""
         self._recordings.clear()
 
 
 @functools.cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """One stream for all captures: torch reuses the memory of a graph only on the stream that it was captured on."""
+    """One stream for all captures: torch reuses the memory of a CUDA graph only on the stream of its capture."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ _PACKAGES = ("benchmarks", "engines", "icexport")
 
 
 def version_of(package: str) -> str:
-    """Its version, or ``not installed``."""
+    """Version of a package, or ``not installed``."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -41,7 +41,7 @@ def _output(*command: str) -> str:
 
 
 def sources_hash() -> str:
-    """Of all Python and data files that a result depends on; says what ``commit`` cannot if files were changed."""
+    """Hash of all code and data that a result depends on; says what ``commit`` cannot if files were changed."""
     digest = hashlib.sha256()
     files = (path for package in _PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".json"))
     for path in sorted(files):

@@ -49,7 +49,7 @@ def need(backend: str, device: str) -> None:
     """Go on only if a backend can run on a device.
 
     Raises:
-        NotAvailable: With the reason, and what to do.
+        NotAvailable: with the reason, and what to do.
     """
     state = table.get(backend).check()
     if device not in state.devices:
@@ -108,7 +108,7 @@ def engines(report: Report, context: Context) -> None:
 
 
 def _exact() -> AbstractContextManager[None]:
-    """float32 is to be float32: cuDNN may use TF32 otherwise."""
+    """Keep float32 what it is: cuDNN may use TF32 otherwise."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
@@ -219,7 +219,7 @@ def _same_bits(plain: dict[str, Tensor], replays: list[dict[str, Tensor]]) -> di
     """What a report says of replays.
 
     Raises:
-        ValueError: If two replays differ.
+        ValueError: if two replays differ.
     """
     first = replays[0]
     differ = {name for other in replays[1:] for name in first if not torch.equal(first[name], other[name])}

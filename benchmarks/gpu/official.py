@@ -19,7 +19,7 @@ class OfficialHead(nn.Module):
     """``AggregationNetwork`` of InnerControl, for configs without ``bottleneck_sequential``.
 
     Args:
-        config: Sizes of the network.
+        config: sizes of the network.
 
     Source: InnerControl (arXiv 2507.02321). Parameters have the official names, as ``align.to_official`` gives
     them.
@@ -47,7 +47,7 @@ class OfficialHead(nn.Module):
         """Read the control map.
 
         Args:
-            taps: One ``[B, dims[i], H_i, W_i]`` tensor per tap, coarse to fine.
+            taps: one ``[B, dims[i], H_i, W_i]`` tensor per tap, coarse to fine.
             time_embedding: ``[B or 1, E]``, before its SiLU.
 
         Returns:

@@ -98,12 +98,12 @@ class _Collector:
         self.outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test has three parts; the call counts, and whatever goes wrong around it."""
+        """Count the call of a test, and whatever goes wrong around it."""
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.outcome].append(report.nodeid)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file that cannot be imported has tests that did not run."""
+        """Count a file that cannot be imported: its tests did not run."""
         if report.outcome == "failed":
             self.outcomes["failed"].append(report.nodeid)
 

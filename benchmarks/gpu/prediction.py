@@ -33,13 +33,13 @@ class Device:
     """Figures that a prediction rests on.
 
     Attributes:
-        name: Of the GPU.
-        bandwidth: Of the memory, bytes a second.
-        matrix_rate: Dense float16 on tensor cores, FLOP a second.
+        name: name of the GPU.
+        bandwidth: bandwidth of the memory, bytes a second.
+        matrix_rate: dense float16 on tensor cores, FLOP a second.
         vector_rate: float32 outside of them, FLOP a second.
-        graph_launch: Seconds that each kernel of a CUDA graph costs beside its work.
-        eager_launch: Seconds that each operator costs when Python launches it.
-        source: Where the figures come from.
+        graph_launch: seconds that each kernel of a CUDA graph costs beside its work.
+        eager_launch: seconds that each operator costs when Python launches it.
+        source: where the figures come from.
     """
 
     name: str
@@ -72,11 +72,11 @@ class Operation:
     """One operator as it was called.
 
     Attributes:
-        name: Of the operator.
-        case: Shapes.
-        bytes: Least traffic: every input read once, every output written once.
-        matrix_flops: Of convolutions and linear layers.
-        vector_flops: Of everything else; counted for the own kernels only, whose specs know them.
+        name: name of the operator.
+        case: shapes of the operands.
+        bytes: least traffic: every input read once, every output written once.
+        matrix_flops: operations of convolutions and linear layers.
+        vector_flops: operations of everything else; counted for the own kernels only, whose specs know them.
     """
 
     name: str
@@ -148,12 +148,12 @@ def _size(tensor: Tensor) -> Size:
 
 def _resize_case(args: tuple[Any, ...], out: Tensor) -> Case:
     x, _, _, shift, first, _, _, groups = args[:8]
-    return Case(len(x), _size(x), _size(out), groups, first, shift.shape[0] == len(x))
+    return Case(len(x), _size(x), _size(out), groups, first, shift_per_sample=len(shift) == len(x))
 
 
 def _residual_case(args: tuple[Any, ...], out: Tensor) -> Case:
     skip, first, groups, normalise = args[2], args[9], args[10], args[12]
-    return Case(len(skip), _size(skip), _size(out), groups, first, normalise)
+    return Case(len(skip), _size(skip), _size(out), groups, first, normalise_skip=normalise)
 
 
 _CASES: dict[str, Callable[[tuple[Any, ...], Tensor], Case]] = {

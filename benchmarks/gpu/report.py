@@ -32,7 +32,7 @@ class Context:
 
     Attributes:
         device: ``cuda``, or ``cpu`` for a dry run with tiny sizes.
-        work: Folder for bundles and other large files, shared by the phases.
+        work: folder for bundles and other large files, shared by the phases.
     """
 
     device: str
@@ -47,7 +47,7 @@ class Context:
         """Leave the phase or item unless there is a GPU.
 
         Raises:
-            NotAvailable: On a CPU.
+            NotAvailable: if the device is a CPU.
         """
         if not self.cuda:
             raise NotAvailable("it needs a CUDA device, and this is a dry run on the CPU")
@@ -57,8 +57,8 @@ class Report:
     """Collects the items of one phase.
 
     Args:
-        path: The JSON file; it is replaced as a whole after every item.
-        about: Entries of the file that do not change.
+        path: the JSON file; it is replaced as a whole after every item.
+        about: entries of the file that do not change.
     """
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class Report:
         write_json(self._path, self._content)
 
     def finish(self) -> None:
-        """Everything was tried: the items decide how the phase went."""
+        """End the phase; its items decide how it went."""
         found = [item["status"] for item in self._content["items"]]
         failed = [item["name"] for item in self._content["items"] if item["status"] == FAILED]
         self._content["error"] = f"failed: {', '.join(failed)}" if failed else ""
@@ -89,8 +89,8 @@ class Item:
     """One thing that is tried.
 
     Attributes:
-        values: What was found; filled in the ``with`` block, JSON types only.
-        goals: Name -> entry as ``measure.at_least`` makes them. A goal that is missed is no failure.
+        values: what was found; filled in the ``with`` block, JSON types only.
+        goals: entries by name, as ``measure.at_least`` makes them. A goal that is missed is no failure.
     """
 
     def __init__(self, name: str, report: Report) -> None:
@@ -128,7 +128,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no infinity and no NaN: they become words."""
+    """Replace infinity and NaN, which JSON does not know, by words."""
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -70,7 +70,7 @@ class Models:
 
 
 def make_models(context: Context) -> Models:
-    """Float16 on a GPU; tiny and float32 on a CPU."""
+    """Make the models: float16 on a GPU, tiny and float32 on a CPU."""
     torch.manual_seed(0)
     dtype = torch.float16 if context.cuda else torch.float32
     with torch.device(context.device):

@@ -29,9 +29,9 @@ class Phase:
     """One part of a suite.
 
     Attributes:
-        name: Of its result file.
+        name: name of the phase and of its result file.
         function: ``module:function``, called as ``function(report, context)``.
-        share: Its part of the time, relative to the phases behind it; what it does not use, they get.
+        share: part of the time, relative to the phases behind it; they get what it does not use.
     """
 
     name: str
@@ -51,12 +51,12 @@ def run_suite(
     """Run what is not done yet, and merge all results.
 
     Args:
-        phases: In order.
-        output: Folder of the results; a phase whose result there is ``ok`` and of the same sources is not run again.
-        context: For every phase.
-        seconds: For all phases together.
-        only: Names of the phases to run; none: all.
-        progress: Told what begins and how it ended.
+        phases: the phases, in order.
+        output: folder of the results; a phase whose result there is ``ok`` and of the same sources is not run again.
+        context: what every phase gets.
+        seconds: time for all phases together.
+        only: names of the phases to run; an empty list means all.
+        progress: called with what begins and how it ended.
 
     Returns:
         The merged document, as written to ``<gpu>-<date>.json`` in ``output``.

@@ -26,22 +26,22 @@ class Row:
     """One number.
 
     Attributes:
-        name: Of what was measured: an operator, ``probe_head``, ``step`` ...
-        provider: Who did it.
-        case: Sizes.
+        name: what was measured: an operator, ``probe_head``, ``step`` ...
+        provider: implementation that was measured.
+        case: sizes of what was measured.
         metric: ``time``, ``bandwidth``, ``rate``, or a share of a measured ceiling.
-        unit: Of p50, p20 and p80.
-        p50: Median.
-        p20: A fifth of the values is below; for times the better side, for rates the worse.
-        p80: A fifth of the values is above.
-        n: Number of values.
-        gpu: Name of the device.
-        driver: Of the GPU.
-        torch: Version.
-        triton: Version, or ``not installed``.
-        commit: Of the checkout, or ``unknown``.
-        dirty: Whether files differ from the commit; None: not known.
-        timestamp: ISO 8601, UTC.
+        unit: unit of p50, p20 and p80.
+        p50: median.
+        p20: value that a fifth of all is below; for times the better side, for rates the worse.
+        p80: value that a fifth of all is above.
+        n: number of values.
+        gpu: name of the device.
+        driver: version of the GPU's driver.
+        torch: version of torch.
+        triton: version of Triton, or ``not installed``.
+        commit: commit of the checkout, or ``unknown``.
+        dirty: whether files differ from the commit; None if that is not known.
+        timestamp: time in ISO 8601, UTC.
     """
 
     name: str
@@ -134,7 +134,7 @@ class Bench:
         return replay
 
     def wait(self) -> None:
-        """Until the GPU has nothing left to do."""
+        """Wait until the GPU has nothing left to do."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
@@ -166,9 +166,9 @@ class Ceilings:
     """What this GPU reaches in the best of cases.
 
     Attributes:
-        copy: Bytes a second, read and written, of a large copy.
+        copy: bytes a second, read and written, of a large copy.
         matmul: FLOP a second of a large float16 matrix product on random values.
-        launch: Seconds of a kernel that does nothing to speak of, in a CUDA graph of many.
+        launch: seconds of a kernel that does nothing to speak of, in a CUDA graph of many.
     """
 
     copy: Spread

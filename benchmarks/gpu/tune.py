@@ -77,12 +77,12 @@ def descend(op: str, start: LaunchConfig, time: Time) -> LaunchConfig:
     """Improve one axis after the other until none helps, twice around at most.
 
     Args:
-        op: Name of the operator.
-        start: Where to begin.
-        time: Seconds with a config; infinite if it does not fit the GPU.
+        op: name of the operator.
+        start: launch configuration to begin with.
+        time: returns the seconds with a config, infinite if it does not fit the GPU.
 
     Raises:
-        EngineError: If no config works.
+        EngineError: if no config works.
     """
     seen = {repr(start): time(start)}
     best, seconds = start, seen[repr(start)]
@@ -143,7 +143,7 @@ def tune(spec: KernelSpec, bench: Bench, progress: Callable[[str], None]) -> lis
     """The best config for every size of problem among the large cases.
 
     Raises:
-        EngineError: If none runs, or the fastest one computes something wrong.
+        EngineError: if none runs, or the fastest one computes something wrong.
     """
     groups: dict[tuple[int, int], list[tuple[Case, torch.dtype]]] = {}
     starts: dict[tuple[int, int], LaunchConfig] = {}
@@ -168,7 +168,7 @@ def tune(spec: KernelSpec, bench: Bench, progress: Callable[[str], None]) -> lis
 
 @contextmanager
 def chosen(choose: Callable[..., LaunchConfig]) -> Iterator[None]:
-    """Kernels take their launch configs from ``choose`` inside of the block."""
+    """Let kernels take their launch configs from ``choose`` inside of the block."""
     with mock.patch.object(tuning, "choose", choose):
         yield
 

@@ -7,17 +7,13 @@ to scratch memory, which these kernels do not use: they are taken out of the sig
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from engines.errors import EngineError
@@ -37,38 +33,23 @@ class Ptx:
     """One compiled kernel.
 
     Attributes:
-        name: Of the entry.
+        name: name of the entry.
         text: PTX; its entry has the kernel's arguments without the constexprs, in order.
-        shared_memory: Dynamic shared memory of a program in bytes, to be requested at the launch.
-        num_warps: Warps of a program; a launch has 32 threads for each.
-        target: Architecture, e.g. ``"sm_90a"``.
+        shared_memory: dynamic shared memory of a program in bytes, to be requested at the launch.
+        num_warps: warps of a program; a launch has 32 threads for each.
     """
 
     name: str
     text: str
     shared_memory: int
     num_warps: int
-    target: str
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one thread of a kernel needs, according to ptxas.
-
-    Attributes:
-        registers: Number of 32-bit registers.
-        spill_bytes: Stored to and loaded from local memory for lack of registers.
-    """
-
-    registers: int
-    spill_bytes: int
 
 
 def signature(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
     """Triton's types of a kernel's arguments: pointers (``*_ptr``) to one dtype, int32 scalars, constexprs.
 
     Raises:
-        ValueError: If the kernels do not take the dtype.
+        ValueError: if the kernels do not take the dtype.
     """
     if dtype not in _TYPES:
         raise ValueError(f"{kernel.__name__} is {dtype}, expected one of {', '.join(map(str, _TYPES))}.")
@@ -94,18 +75,18 @@ def compile_ptx(
     """Compile a kernel for one architecture.
 
     Args:
-        kernel: The ``triton.jit`` function.
-        signature: Argument -> Triton type, in order; see ``signature``.
-        constexprs: Value of every argument of type ``constexpr``.
-        capability: Of the GPU, 90 for 9.0; ``PORTABLE`` for PTX that later ones take as well.
-        num_warps: Warps of a program.
-        num_stages: Stages of Triton's software pipeline.
-        aligned: Arguments that are always multiples of 16: pointers in bytes, scalars in value. Without them memory is
+        kernel: the ``triton.jit`` function.
+        signature: argument -> Triton type, in order; see ``signature``.
+        constexprs: value of every argument of type ``constexpr``.
+        capability: compute capability of the GPU, 90 for 9.0; ``PORTABLE`` for PTX that later ones take as well.
+        num_warps: warps of a program.
+        num_stages: stages of Triton's software pipeline.
+        aligned: arguments that are always multiples of 16: pointers in bytes, scalars in value. Without them memory is
             read element by element.
 
     Raises:
-        ValueError: If constexprs or aligned name other arguments than the kernel has.
-        EngineError: If the kernel cannot be compiled, or uses scratch memory, which a plugin cannot give it.
+        ValueError: if constexprs or aligned name other arguments than the kernel has.
+        EngineError: if the kernel cannot be compiled, or uses scratch memory, which a plugin cannot give it.
     """
     constants = {name for name, kind in signature.items() if kind == "constexpr"}
     if constants != set(constexprs) or not set(aligned) <= set(signature) - constants:
@@ -132,23 +113,14 @@ def compile_ptx(
             "memory, which an ahead-of-time plugin cannot provide. Use smaller blocks."
         )
     text = strip_parameters(compiled.asm["ptx"], len(signature) - len(constants))
-    return Ptx(metadata.name, text, metadata.shared, num_warps, _target(text))
-
-
-def parameters(text: str) -> tuple[str, ...]:
-    """Declarations in the entry of a PTX text, e.g. ``.param .u32 name_param_3``.
-
-    Raises:
-        EngineError: If the text does not have exactly one entry.
-    """
-    return tuple(line.strip() for line in _entry(text)[2].split(","))
+    return Ptx(metadata.name, text, metadata.shared, num_warps)
 
 
 def strip_parameters(text: str, count: int) -> str:
     """PTX whose entry has only its first ``count`` parameters.
 
     Raises:
-        EngineError: If it has fewer, or a later one is used.
+        EngineError: if it has fewer, or a later one is used.
     """
     start, end, declared = _entry(text)
     declarations = declared.split(",")
@@ -164,37 +136,9 @@ def strip_parameters(text: str, count: int) -> str:
     return text[:start] + ",".join(declarations[:count]).rstrip() + "\n" + body
 
 
-def resources(ptx: Ptx, capability: int) -> Resources:
-    """Assemble PTX for a GPU with Triton's ptxas.
-
-    Raises:
-        EngineError: If ptxas refuses the text.
-    """
-    target = ptx.target if ptx.target.rstrip("a") == f"sm_{capability}" else f"sm_{capability}"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx.text, encoding="utf-8")
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", str(source), "-o", f"{source}.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise EngineError(f"ptxas refuses {ptx.name} ({ptx.target}) for {target}: {done.stderr.strip()}")
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    spills = re.findall(r"(\d+) bytes spill", done.stderr)
-    if registers is None or not spills:
-        raise EngineError(f"ptxas did not report what {ptx.name} needs, but: {done.stderr.strip()}")
-    return Resources(int(registers[1]), sum(map(int, spills)))
-
-
 def _entry(text: str) -> tuple[int, int, str]:
     """Start, end and text of the parameter list of the only entry."""
     entries = list(re.finditer(r"\.entry\s+\w+\s*\(([^)]*)\)", text))
     if len(entries) != 1:
         raise EngineError(f"the PTX has {len(entries)} entries, expected 1.")
     return entries[0].start(1), entries[0].end(1), entries[0][1]
-
-
-def _target(text: str) -> str:
-    target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
-    if target is None:
-        raise EngineError("the PTX names no target.")
-    return target[1]

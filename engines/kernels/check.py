@@ -22,14 +22,14 @@ class Result:
     """One comparison with the reference in float64.
 
     Attributes:
-        case: Its name.
-        dtype: Of the inputs, e.g. ``"float16"``.
-        error: Largest deviation of the kernel.
-        eager: Largest deviation of the reference in the same dtype; infinite if it overflows.
-        rms: Root of the kernel's mean squared deviation.
-        eager_rms: The same of the reference.
-        floor: Deviation that is always allowed.
-        problems: What is wrong, in words; empty if the kernel passes.
+        case: name of the case.
+        dtype: type of the inputs, e.g. ``"float16"``.
+        error: largest deviation of the kernel.
+        eager: largest deviation of the reference in the same dtype; infinite if it overflows.
+        rms: root of the kernel's mean squared deviation.
+        eager_rms: root of the reference's mean squared deviation.
+        floor: deviation that is always allowed.
+        problems: what is wrong, in words; empty if the kernel passes.
     """
 
     case: str
@@ -60,11 +60,11 @@ def check(
     two runs must give the same bits.
 
     Args:
-        spec: The operator.
-        case: The inputs.
-        device: Where to run.
-        dtype: Of the inputs.
-        run: What to test; None: the operator itself.
+        spec: the operator.
+        case: the inputs.
+        device: where to run.
+        dtype: type of the inputs.
+        run: what to test; None means the operator itself.
     """
     arguments = spec.arguments(case, dtype, torch.device(device))
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

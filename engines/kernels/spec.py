@@ -36,15 +36,16 @@ class Case:
     """One set of inputs.
 
     Attributes:
-        batch: B.
-        source: Channels, height and width of the map that is read (x, skip, reading).
-        target: Channels, height and width of the result; for ``fidelity_reduce`` of the target.
-        groups: Of the GroupNorm.
-        first_channel: Where the wanted channels of the source begin.
-        option: ``resize_group_norm_relu``: a shift for each sample; ``residual_mix``: ``normalise_skip``.
-        values: What the maps contain: ``huge`` is up to 3e4 in magnitude, ``constant`` is about 3e4 everywhere.
-        layout: How the maps lie in memory.
-        large: Of the size of SD 1.5; for GPUs.
+        batch: number of samples, B.
+        source: channels, height and width of the map that is read (x, skip, reading).
+        target: channels, height and width of the result; for ``fidelity_reduce`` of the target.
+        groups: number of groups of the GroupNorm.
+        first_channel: where the wanted channels of the source begin.
+        shift_per_sample: whether every sample has a shift of its own; only for ``resize_group_norm_relu``.
+        normalise_skip: whether the shortcut has a GroupNorm; only for ``residual_mix``.
+        values: what the maps contain: ``huge`` is up to 3e4 in magnitude, ``constant`` is about 3e4 everywhere.
+        layout: how the maps lie in memory.
+        large: whether the maps are as large as those of SD 1.5; such cases are for GPUs.
     """
 
     batch: int
@@ -52,7 +53,8 @@ class Case:
     target: Size
     groups: int = 1
     first_channel: int = 0
-    option: bool = True
+    shift_per_sample: bool = True
+    normalise_skip: bool = True
     values: Values = "randn"
     layout: Layout = "contiguous"
     large: bool = False
@@ -60,8 +62,9 @@ class Case:
     def __str__(self) -> str:
         """Short name, unique among the cases of an operator."""
         sizes = ["x".join(map(str, size)) for size in (self.source, self.target)]
-        details = f"g{self.groups}+{self.first_channel}{'y' if self.option else 'n'}"
-        return "-".join([f"B{self.batch}", *sizes, details, self.values, self.layout])
+        marks = {"one_shift": not self.shift_per_sample, "plain_skip": not self.normalise_skip}
+        details = [f"g{self.groups}+{self.first_channel}", *(mark for mark, applies in marks.items() if applies)]
+        return "-".join([f"B{self.batch}", *sizes, *details, self.values, self.layout])
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,15 @@ class KernelSpec:
     """One operator.
 
     Attributes:
-        name: Of the operator in the namespace ``icexport``.
-        op: The operator.
-        reference: The same in plain torch, in any floating-point type.
-        run_kernel: What the operator does on a GPU; on CPU tensors it works only in Triton's interpreter.
-        dtypes: Those that it takes.
-        cases: Inputs to test, and the large ones to measure.
-        arguments: (case, dtype, device) -> positional arguments, always the same ones.
-        traffic_bytes: (case, bytes of an element) -> least bytes to and from memory.
-        flops: case -> floating-point operations, an addition or multiplication counting 1.
+        name: name of the operator in the namespace ``icexport``.
+        op: the operator.
+        reference: the same in plain torch, in any floating-point type.
+        run_kernel: what the operator does on a GPU; on CPU tensors it works only in Triton's interpreter.
+        dtypes: types that the operator takes.
+        cases: inputs to test, and the large ones to measure.
+        arguments: makes the positional arguments from (case, dtype, device), always the same ones.
+        traffic_bytes: counts the least bytes to and from memory from (case, bytes of an element).
+        flops: counts the floating-point operations of a case; an addition or multiplication counts 1.
     """
 
     name: str
@@ -117,7 +120,7 @@ class _Draw:
         return value.clamp(max=1) if self._case.values != "randn" else value.frac()
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normally distributed."""
+        """Normally distributed values times ``scale``."""
         return (scale * torch.randn(shape, generator=self._generator)).to(self._device, self._dtype)
 
     def _values(self, shape: tuple[int, ...]) -> Tensor:
@@ -139,7 +142,8 @@ def _dual_projection_arguments(case: Case, dtype: torch.dtype, device: torch.dev
 def _resize_arguments(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     draw, (channels, height, width) = _Draw(case, dtype, device), case.target
     x = draw.map(case.source)
-    vectors = draw.normal(channels), draw.normal(channels), draw.normal(case.batch if case.option else 1, channels)
+    shifts = case.batch if case.shift_per_sample else 1
+    vectors = draw.normal(channels), draw.normal(channels), draw.normal(shifts, channels)
     return x, *vectors, case.first_channel, height, width, case.groups, _EPS
 
 
@@ -149,7 +153,7 @@ def _residual_arguments(case: Case, dtype: torch.dtype, device: torch.device) ->
     accumulated = replace(case, values="randn")
     vectors = (draw.normal(case.target[0]) for _ in range(4))
     mix = draw.normal(_TAPS).abs() / _TAPS
-    options = (_TAPS // 2, case.first_channel, case.groups, _EPS, case.option)
+    options = (_TAPS // 2, case.first_channel, case.groups, _EPS, case.normalise_skip)
     return _Draw(accumulated, dtype, device).map(case.target), *maps, *vectors, mix, *options
 
 
@@ -174,7 +178,7 @@ def _dual_projection_traffic(case: Case, element: int) -> int:
 
 def _resize_traffic(case: Case, element: int) -> int:
     channels = case.target[0]
-    shift = channels * (case.batch if case.option else 1)
+    shift = channels * (case.batch if case.shift_per_sample else 1)
     return element * (case.batch * (_read(case) + _elements(case.target)) + 2 * channels + shift)
 
 
@@ -184,14 +188,15 @@ def _resize_flops(case: Case) -> int:
 
 
 def _residual_traffic(case: Case, element: int) -> int:
-    vectors = case.target[0] * (4 if case.option else 2)
+    vectors = case.target[0] * (4 if case.normalise_skip else 2)
     return element * (case.batch * (_read(case) + 3 * _elements(case.target)) + vectors)
 
 
 def _residual_flops(case: Case) -> int:
     resized = case.source[1:] != case.target[1:]
-    pixels = (12 + 9 * resized + 3 * case.option) * _elements(case.target)
-    return case.batch * (pixels + case.option * (30 if resized else 4) * _read(case))
+    pixels = (12 + 9 * resized + 3 * case.normalise_skip) * _elements(case.target)
+    statistics = (30 if resized else 4) * _read(case) if case.normalise_skip else 0
+    return case.batch * (pixels + statistics)
 
 
 def _fidelity_traffic(case: Case, element: int) -> int:
@@ -227,14 +232,14 @@ _RESIZES = (
     *_extremes(Case(1, (5, 5, 3), (3, 9, 7), 1, 1)),  # by a factor that is not an integer
     *_extremes(Case(1, (5, 9, 7), (5, 9, 7), 1)),  # none, with more channels in a group than a block
     Case(2, (10, 5, 3), (6, 9, 7), 2, 3),
-    Case(2, (3, 8, 8), (3, 16, 16), 1, option=False),
+    Case(2, (3, 8, 8), (3, 16, 16), 1, shift_per_sample=False),
     Case(3, (2, 4, 4), (2, 16, 16), 1),
     Case(1, (4, 11, 13), (4, 5, 6), 2),  # down
     Case(1, (2, 1, 1), (2, 4, 3), 2),
     Case(1, (2, 3, 40), (2, 5, 220), 1),
     *(
-        _large(batch, (480, side, side), (96, 64, 64), 32, 0, shared)
-        for batch, shared in ((1, True), (2, False))
+        _large(batch, (480, side, side), (96, 64, 64), 32, shift_per_sample=per_sample)
+        for batch, per_sample in ((1, True), (2, False))
         for side in (16, 32, 64)
     ),
     _large(1, (96, 64, 64), (96, 64, 64), 32),
@@ -245,14 +250,14 @@ _RESIDUALS = (
     *_extremes(Case(1, (5, 5, 3), (3, 9, 7), 1, 1)),
     *_extremes(Case(1, (5, 9, 7), (5, 9, 7), 1)),
     Case(2, (10, 5, 3), (6, 9, 7), 2, 3),
-    Case(2, (3, 8, 8), (3, 16, 16), 1, option=False),
+    Case(2, (3, 8, 8), (3, 16, 16), 1, normalise_skip=False),
     Case(3, (2, 4, 4), (2, 16, 16), 1),
-    Case(1, (5, 9, 7), (4, 9, 7), 2, 1, option=False),
+    Case(1, (5, 9, 7), (4, 9, 7), 2, 1, normalise_skip=False),
     Case(1, (4, 11, 13), (4, 5, 6), 2),
     Case(1, (2, 3, 40), (2, 5, 220), 1),
     *(_large(batch, (480, side, side), (384, 64, 64), 32, 96) for batch in (1, 2) for side in (16, 32, 64)),
     _large(3, (480, 31, 33), (384, 63, 65), 32, 96),
-    _large(1, (384, 32, 32), (384, 64, 64), 32, option=False),
+    _large(1, (384, 32, 32), (384, 64, 64), 32, normalise_skip=False),
     *(_large(1, (480, side, side), (384, 96, 96), 32, 96) for side in (24, 48, 96)),
 )
 _FIDELITIES = (

@@ -28,11 +28,11 @@ class LaunchConfig:
     """How to launch one kernel.
 
     Attributes:
-        constants: Block sizes, by the names of the kernel's constexpr arguments.
-        split: Programs that share one group, for the kernels that normalise; else 1.
-        num_warps: Warps of a program.
-        num_stages: Stages of Triton's software pipeline.
-        measured: Whether this was found to be the fastest on such a GPU.
+        constants: block sizes, by the names of the kernel's constexpr arguments.
+        split: programs that share one group, for the kernels that normalise; else 1.
+        num_warps: warps of a program.
+        num_stages: stages of Triton's software pipeline.
+        measured: whether this was found to be the fastest on such a GPU.
     """
 
     constants: Mapping[str, int]
@@ -69,16 +69,17 @@ def choose(op: str, capability: int | None, size: int, element_bytes: int) -> La
     """The configuration for a kernel launch.
 
     Args:
-        op: Name of the operator.
-        capability: Of the GPU, 90 for 9.0; one without a table of its own, and None, take the default table.
-        size: Of the problem, as the ``size`` entry of the op's file counts it.
-        element_bytes: Bytes of an element of the inputs.
+        op: name of the operator.
+        capability: compute capability of the GPU, 90 for 9.0; one without a table of its own, and None, take the
+            default table.
+        size: size of the problem, as the ``size`` entry of the operator's file counts it.
+        element_bytes: bytes of an element of the inputs.
 
     Returns:
         The first row of the table whose limits admit the problem.
 
     Raises:
-        ValueError: If no such operator has a file.
+        ValueError: if no such operator has a file.
     """
     tables = _tables(op)
     table = tables.get(str(capability), tables[_DEFAULT])

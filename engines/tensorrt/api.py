@@ -32,10 +32,10 @@ class Flavour:
     """One of the two libraries.
 
     Attributes:
-        name: Of the backend in ``engines.BACKENDS``.
-        module: Python module.
-        minimum: Oldest version with everything that is used here.
-        install: Package to install.
+        name: name of the backend, as the user writes it.
+        module: name of the Python module.
+        minimum: oldest version with everything that is used here.
+        install: name of the package to install.
     """
 
     name: str
@@ -66,13 +66,13 @@ def load(flavour: str) -> Any:
     """Import the library of a flavour.
 
     Args:
-        flavour: Key of ``FLAVOURS``.
+        flavour: key of ``FLAVOURS``.
 
     Returns:
         The module. Any: neither library ships type information.
 
     Raises:
-        BackendUnavailableError: If it, or a shared object of it, is missing, or it is too old; says what to install.
+        BackendUnavailableError: if it, or a shared object of it, is missing, or it is too old; says what to install.
     """
     module, _, reason, fix = _find(FLAVOURS[flavour])
     if module is None:
@@ -80,29 +80,30 @@ def load(flavour: str) -> Any:
     return module
 
 
-def check_tensorrt() -> Availability:
-    """Whether classic TensorRT can build and run here; both need a GPU. Never raises."""
-    return _check(FLAVOURS["tensorrt"])
+def check(flavour: str) -> Availability:
+    """Whether a library can build and run here. Never raises.
 
+    Classic TensorRT needs a GPU for both; TensorRT-RTX builds wherever it imports.
 
-def check_tensorrt_rtx() -> Availability:
-    """Whether TensorRT-RTX can run here; it can build wherever it imports. Never raises."""
-    return _check(FLAVOURS["tensorrt-rtx"])
+    Args:
+        flavour: key of ``FLAVOURS``.
+    """
+    return _check(FLAVOURS[flavour])
 
 
 def device_tag(flavour: str, targets: Sequence[int], device: str | torch.device | None) -> str:
     """What a plan is tied to; part of its key.
 
     Args:
-        flavour: Key of ``FLAVOURS``.
-        targets: Compute capabilities, times ten, that TensorRT-RTX builds for; none means all that it knows.
-        device: Where classic TensorRT builds; None means torch's current CUDA device. TensorRT-RTX does not use it.
+        flavour: key of ``FLAVOURS``.
+        targets: compute capabilities, times ten, that TensorRT-RTX builds for; none means all that it knows.
+        device: where classic TensorRT builds; None means torch's current CUDA device. TensorRT-RTX does not use it.
 
     Returns:
         TensorRT-RTX: ``"sm_86+sm_89"`` or ``"portable"``. TensorRT: ``"NVIDIA H200 sm_90"``.
 
     Raises:
-        BackendUnavailableError: If classic TensorRT finds no GPU at ``device``.
+        BackendUnavailableError: if classic TensorRT finds no GPU at ``device``.
     """
     if FLAVOURS[flavour].cross_builds:
         return "+".join(f"sm_{target}" for target in sorted(set(targets))) or "portable"
@@ -126,8 +127,8 @@ def logger(module: Any, sink: Callable[[str, str], None]) -> Any:
     """Make a logger for a TensorRT library.
 
     Args:
-        module: The library.
-        sink: Called, from any thread, with the severity (``"WARNING"``, ``"ERROR"`` ...) and the text.
+        module: the library.
+        sink: called, from any thread, with the severity (``"WARNING"``, ``"ERROR"`` ...) and the text.
 
     Returns:
         A ``module.ILogger``. Keep a reference to it as long as anything that was made with it.

@@ -6,19 +6,20 @@ Precision is the file's: networks are strongly typed, and there is no flag that 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from engines.errors import BackendUnavailableError, EngineError
 from engines.tensorrt.api import FLAVOURS, driver_problem, load
 from engines.tensorrt.api import logger as make_logger
-from engines.tensorrt.monitor import make_monitor
+from engines.tensorrt.build_progress import make_progress_monitor
 from engines.tensorrt.onnx_file import OnnxFile
 from engines.tensorrt.plan import PlanReport, PlanRequest, Shapes
 from engines.tensorrt.readback import engine_precision, network_plugins, network_precision
@@ -93,13 +94,13 @@ def build_plan(request: PlanRequest, progress: Callable[[str, float], None]) -> 
     """Build a plan in this process and write it.
 
     Args:
-        request: What to build.
-        progress: Called with what is being done and the fraction done, 0 to 1. An exception that it raises stops the
+        request: what to build.
+        progress: called with what is being done and the fraction done, 0 to 1. An exception that it raises stops the
             builder at the next occasion, and is raised again from here.
 
     Raises:
-        BackendUnavailableError: If the library is missing or too old, or cannot start here.
-        EngineError: If the ONNX file or its data are damaged, TensorRT does not take the graph, the build fails, or
+        BackendUnavailableError: if the library is missing or too old, or cannot start here.
+        EngineError: if the ONNX file or its data are damaged, TensorRT does not take the graph, the build fails, or
             what was built is not what was asked for. No plan is written then.
     """
     module = load(request.flavour)
@@ -152,13 +153,30 @@ def build_plan(request: PlanRequest, progress: Callable[[str, float], None]) -> 
 
 def _start(module: Any, trt_logger: Any, journal: _Journal) -> Any:
     try:
-        return module.Builder(trt_logger)
+        with _no_collection():
+            return module.Builder(trt_logger)
     except (TypeError, RuntimeError) as error:  # how the bindings say that the library returned no object
         reason = "; ".join(journal.errors) or str(error)
         raise BackendUnavailableError(
             f"{module.__name__} {module.__version__} cannot start a builder: {reason}. Check the GPU and its driver "
             "with nvidia-smi."
         ) from error
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from freeing objects in cycles meanwhile.
+
+    The library holds its lock while it makes a builder, and logs through Python. If the collector ran there and freed
+    an older builder, that one would wait for the same lock for ever.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _configure(module: Any, builder: Any, request: PlanRequest, journal: _Journal) -> Any:
@@ -256,7 +274,7 @@ def _run(
     progress: Callable[[str, float], None],
 ) -> Any:
     """Build, and return the plan in the library's own memory: a copy would double the peak."""
-    monitor = make_monitor(module, progress)
+    monitor = make_progress_monitor(module, progress)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if monitor.failure is not None:

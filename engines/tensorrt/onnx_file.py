@@ -26,15 +26,16 @@ class OnnxFile:
     """An ONNX file without its weights.
 
     Args:
-        path: The file; external data lie beside it.
+        path: the file; external data lie beside it.
 
     Raises:
-        EngineError: If the file or its data are missing, damaged or cut short; names the file.
+        EngineError: if the file or its data are missing, damaged or cut short; names the file.
 
     Attributes:
-        path: The file.
-        nodes: Of the main graph, in order.
-        types: Element type of every value whose type the file tells: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int64"``
+        path: the file.
+        nodes: nodes of the main graph, in order.
+        types: element type (``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int64"`` ...) of every value whose type the file
+            tells.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,8 +54,8 @@ class OnnxFile:
         """Name a node for a message: ``node 'node_conv' (Conv, from module unet.conv_in)``.
 
         Args:
-            index: Of the node; out of range where TensorRT does not know it.
-            name: Of the node; takes precedence if a node has it.
+            index: index of the node; out of range where TensorRT does not know it.
+            name: name of the node; takes precedence if a node has it.
         """
         node = self._node(index, name)
         if node is None:
@@ -88,7 +89,7 @@ class OnnxFile:
 
         Args:
             dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``. fp32 accepts no other type, Cast or not.
-            found: Types that TensorRT gave to values; they take precedence over those of the file.
+            found: types that TensorRT gave to values; they take precedence over those of the file.
 
         Returns:
             One description a node.

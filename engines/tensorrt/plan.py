@@ -22,19 +22,19 @@ class PlanRequest:
     """What to build.
 
     Args:
-        flavour: Key of ``engines.tensorrt.api.FLAVOURS``.
-        onnx: The typed ONNX file; external data lie beside it.
-        plan: Where the plan goes; its folder exists. A plan that is there is replaced at the end, or not at all.
+        flavour: key of ``engines.tensorrt.api.FLAVOURS``.
+        onnx: the typed ONNX file; external data lie beside it.
+        plan: where the plan goes; its folder exists. A plan that is there is replaced at the end, or not at all.
         dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``: what the file is expected to compute in, apart from its islands.
-        profiles: One mapping an optimisation profile: the shapes of every input with free axes, and of no other.
-        targets: Compute capabilities, times ten, to build for; TensorRT-RTX only. None means all that it knows.
+        profiles: one mapping per optimisation profile: the shapes of every input with free axes, and of no other.
+        targets: compute capabilities, times ten, to build for; TensorRT-RTX only. None means all that it knows.
         optimization_level: 0 (quick to build) to 5 (may run faster).
-        workspace_bytes: Limit of the scratch memory that kernels may use; None leaves it to TensorRT.
-        timing_cache: File that kernel timings are read from and added to; TensorRT only, TensorRT-RTX times nothing.
+        workspace_bytes: limit of the scratch memory that kernels may use; None leaves it to TensorRT.
+        timing_cache: file that kernel timings are read from and added to; TensorRT only, TensorRT-RTX times nothing.
         plugins: ``namespace::name`` of the plugins that the file calls; TensorRT only.
 
     Raises:
-        EngineError: If a field is out of its range, or the flavour has no such thing.
+        EngineError: if a field is out of its range, or the flavour has no such thing.
     """
 
     flavour: str
@@ -95,19 +95,19 @@ class PlanReport:
     """What was built.
 
     Attributes:
-        flavour: Key of ``engines.tensorrt.api.FLAVOURS``.
-        version: Of the library.
-        targets: Compute capabilities, times ten; empty if none were asked for.
-        parse_seconds: For reading the ONNX file.
-        build_seconds: For building.
-        peak_memory_bytes: Largest resident memory of the process that built; None where the system does not tell.
-        plan_bytes: Size of the plan.
-        layers: Number of layers of what ``precision`` was read from.
-        precision: Type of layer outputs (``"fp16"``, ``"int64"`` ...) -> how many have it.
-        plugins: Those that were found.
+        flavour: key of ``engines.tensorrt.api.FLAVOURS``.
+        version: version of the library.
+        targets: compute capabilities, times ten; empty if none were asked for.
+        parse_seconds: time for reading the ONNX file.
+        build_seconds: time for building.
+        peak_memory_bytes: largest resident memory of the process that built; None where the system does not tell.
+        plan_bytes: size of the plan.
+        layers: number of layers of what ``precision`` was read from.
+        precision: number of layer outputs of each type (``"fp16"``, ``"int64"`` ...).
+        plugins: plugins that were found.
         read_from: ``"engine"`` if the plan could be loaded here, else ``"network"``: the strongly typed network that
             was parsed from the file.
-        warnings: Of the library, each once.
+        warnings: warnings of the library, each once.
     """
 
     flavour: str

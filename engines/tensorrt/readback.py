@@ -26,14 +26,14 @@ def network_precision(network: Any, source: OnnxFile, dtype: str) -> dict[str, i
 
     Args:
         network: ``INetworkDefinition``.
-        source: What it was parsed from.
+        source: what it was parsed from.
         dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
 
     Returns:
         Type (``"fp16"``, ``"int64"`` ...) -> number of layer outputs.
 
     Raises:
-        EngineError: If a value has another type than the file says; if not one layer has the type asked for; if a
+        EngineError: if a value has another type than the file says; if not one layer has the type asked for; if a
             convolution or matrix product computes in another type and no Cast in the file accounts for it.
     """
     outputs = [(tensor.name, _kind(tensor.dtype)) for tensor in _outputs(network)]
@@ -55,16 +55,16 @@ def network_plugins(module: Any, network: Any, source: OnnxFile, plugins: Sequen
     """Find the plugins asked for in a parsed network.
 
     Args:
-        module: The TensorRT library.
+        module: the TensorRT library.
         network: ``INetworkDefinition``.
-        source: What it was parsed from.
-        plugins: ``namespace::name`` each.
+        source: what it was parsed from.
+        plugins: names of the plugins, ``namespace::name`` each.
 
     Returns:
         ``plugins``, all found.
 
     Raises:
-        EngineError: If a plugin is not in the file, or a node of it is not a plugin layer in the network.
+        EngineError: if a plugin is not in the file, or a node of it is not a plugin layer in the network.
     """
     layers = [layer for layer in _layers(network) if layer.type == module.LayerType.PLUGIN_V3] if plugins else []
     origins = {layer.metadata for layer in layers} | {layer.name for layer in layers}
@@ -84,17 +84,17 @@ def engine_precision(module: Any, engine: Any, source: OnnxFile, dtype: str, plu
     """Count the types of the layers' outputs in an engine, after comparing it with the file and the request.
 
     Args:
-        module: The TensorRT library.
+        module: the TensorRT library.
         engine: ``ICudaEngine``, built with detailed profiling verbosity.
-        source: What it was built from.
+        source: what it was built from.
         dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
-        plugin_nodes: Number of plugin layers that it must hold at least.
+        plugin_nodes: number of plugin layers that it must hold at least.
 
     Returns:
         As `network_precision`; ``"other"`` counts outputs whose type the inspector does not tell, as for free shapes.
 
     Raises:
-        EngineError: If an input or output has another type than in the file, no layer has the type asked for, or
+        EngineError: if an input or output has another type than in the file, no layer has the type asked for, or
             plugins are missing.
     """
     for index in range(engine.num_io_tensors):

@@ -22,7 +22,7 @@ class Scratch:
     engines that are given the same object must run on one stream, or on streams that wait for each other.
 
     Args:
-        device: Where the memory lies.
+        device: where the memory lies.
     """
 
     def __init__(self, device: str | torch.device = "cuda") -> None:
@@ -39,10 +39,10 @@ class Scratch:
         """Address of at least ``size`` bytes, valid until the next call; the memory grows if it is smaller.
 
         Memory that is asked for while a CUDA graph is being captured is kept for the life of this object, because the
-        graph has its address.
+        CUDA graph has its address.
 
         Raises:
-            EngineError: If the memory would have to grow during a capture.
+            EngineError: if the memory would have to grow during a capture.
         """
         in_capture = capturing()
         if size > self.nbytes:

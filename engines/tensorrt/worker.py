@@ -49,20 +49,20 @@ def build(
     subprocess is ended, its files are removed, and the exception goes on.
 
     Args:
-        request: What to build.
-        progress: Called in this process with what is being done and the fraction done, 0 to 1.
-        log: File for everything that the library says; None keeps only its last lines, for the error message.
-        device: Index of the CUDA device to build on, as torch counts; the subprocess sees no other.
+        request: what to build.
+        progress: called in this process with what is being done and the fraction done, 0 to 1.
+        log: file for everything that the library says; None keeps only its last lines, for the error message.
+        device: index of the CUDA device to build on, as torch counts; the subprocess sees no other.
 
     Raises:
-        BackendUnavailableError: If the library is missing or too old, or cannot start here.
-        EngineError: If the build fails (see `build_plan`), or the subprocess crashes, runs out of memory, hangs or is
+        BackendUnavailableError: if the library is missing or too old, or cannot start here.
+        EngineError: if the build fails (see `build_plan`), or the subprocess crashes, runs out of memory, hangs or is
             killed: the message holds the signal, the last lines of the log and a way out.
     """
     plan = request.plan.absolute()
     try:
-        scratch = tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}.")
-        log = log or Path(scratch.name) / "log"
+        folder = tempfile.TemporaryDirectory(dir=plan.parent, prefix=f".{plan.name}.")
+        log = log or Path(folder.name) / "log"
         output = log.open("wb")
     except OSError as error:
         raise EngineError(
@@ -71,10 +71,10 @@ def build(
     inner = replace(
         request,
         onnx=request.onnx.absolute(),
-        plan=Path(scratch.name) / plan.name,
+        plan=Path(folder.name) / plan.name,
         timing_cache=request.timing_cache and request.timing_cache.absolute(),
     )
-    with scratch, output:
+    with folder, output:
         code, last, stuck = _run(inner, progress, output, device)
         if stuck:
             raise EngineError(
@@ -170,8 +170,8 @@ def _obituary(request: PlanRequest, code: int, log: Path) -> str:
     else:
         advice = (
             "A crash of the library itself: export at another opset (attention with heads narrower than 16 at opset "
+            "23 is known to crash TensorRT-RTX 1.7), or use another backend"
         )
-        advice += "23 is known to crash TensorRT-RTX 1.7), or use another backend"
     return (
         f"the process that built {request.onnx.name} with {request.flavour} ended without a result ({how}). {advice}. "
         f"End of its log:\n  {tail}"

@@ -43,7 +43,7 @@ class TensorRt(Backend):
 
     def check(self) -> Availability:
         """See ``Backend.check``."""
-        return found("engines.tensorrt.api", lambda api: api.check_tensorrt())
+        return found("engines.tensorrt.api", lambda api: api.check(self.name))
 
     def check_options(self, options: PlanOptions, dtype: str) -> None:
         """Levels and limits of TensorRT's builder, and what the probe's plugins need; see ``Backend``."""
@@ -134,10 +134,6 @@ class TensorRtRtx(TensorRt):
     summary = "TensorRT-RTX plans, GeForce and RTX GPUs"
     takes_plugins = False
     takes_targets = True
-
-    def check(self) -> Availability:
-        """See ``Backend.check``."""
-        return found("engines.tensorrt.api", lambda api: api.check_tensorrt_rtx())
 
     def check_options(self, options: PlanOptions, dtype: str) -> None:
         """Also the GPUs that are named; see ``TensorRt``."""

@@ -103,12 +103,14 @@ def launch(
     beta: Tensor,
     shift: Tensor,
     first_channel: int,
+    height: int,
+    width: int,
     num_groups: int,
     eps: float,
     out: Tensor,
 ) -> None:
     """Fill out ``[B,C,H,W]`` from contiguous tensors, shaped as the operator wants them."""
-    batch, channels, height, width = out.shape
+    batch, channels = out.shape[:2]
     check_indexable(NAME, channels // num_groups * max(height * width, x.shape[2] * x.shape[3]))
     config = tuning.choose(NAME, tuning.capability(x), batch * num_groups, x.element_size())
     with torch.cuda.device_of(x):

@@ -112,7 +112,7 @@ LAUNCHES: list[Launch] = []
 def compiled(name: str, call: Call, launch: Launch) -> Ptx:
     """In place of the compiler, which has tests of its own."""
     LAUNCHES.append(launch)
-    return Ptx(f"{name}_{call.dtype}_{call.capability}", "// PTX", 1024, launch.config.num_warps, "sm_80")
+    return Ptx(f"{name}_{call.dtype}_{call.capability}", "// PTX", 1024, launch.config.num_warps)
 
 
 def main(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:

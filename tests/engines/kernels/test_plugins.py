@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -17,7 +18,8 @@ import torch
 from engines.errors import BackendUnavailableError, EngineError
 from engines.kernels import aot, plugins
 from engines.kernels.host import load_kernel
-from engines.kernels.plugins import Call, compile_kernel, kernel_hash, plan_launch, register
+from engines.kernels.plugins import Call, choose_launch, compile_kernel, kernel_hash, register
+from tests.engines.kernels.ptx import parameters, resources
 from tests.engines.tensorrt.bindings import ROOT, environment
 
 VERSIONS = ("10.9.0.34", "10.16.1.11", "11.4.0.106")
@@ -86,9 +88,9 @@ def test_a_plugin_launches_as_the_operator_does(
     monkeypatch.setattr(module, "KERNEL", recorder)
     tensors = [torch.zeros(shape, dtype=dtype) for shape in shapes.values()]
     result = getattr(torch.ops.icexport, name)(*tensors, *attributes.values())
-    module.launch(*tensors, *(value for key, value in attributes.items() if key not in ("height", "width")), result)
+    module.launch(*tensors, *attributes.values(), result)
 
-    found = plan_launch(name, call_of(node, None, dtype))
+    found = choose_launch(name, call_of(node, None, dtype))
 
     assert found.grid == recorder.grid
     assert found.scalars == recorder.arguments[len(tensors) : -1]
@@ -107,7 +109,7 @@ def test_a_free_batch_only_scales_the_grid() -> None:
         call = call_of(node)
         free = {name: (None, *shape[1:]) if shape[0] == 2 else shape for name, shape in call.shapes.items()}
 
-        known, found = (plan_launch(node[0], c) for c in (call, replace(call, shapes=free, batch=symbol)))
+        known, found = (choose_launch(node[0], c) for c in (call, replace(call, shapes=free, batch=symbol)))
 
         assert replace(found, grid=known.grid) == known
         groups = node[2].get("num_groups")
@@ -117,22 +119,22 @@ def test_a_free_batch_only_scales_the_grid() -> None:
 def test_a_shift_with_a_free_batch_is_one_a_sample() -> None:
     call = call_of(norm())
 
-    assert plan_launch("resize_group_norm_relu", call).constants["SHIFT_PER_SAMPLE"] is False
+    assert choose_launch("resize_group_norm_relu", call).constants["SHIFT_PER_SAMPLE"] is False
     free = replace(call, shapes={**call.shapes, "shift": (None, 16)})
-    assert plan_launch("resize_group_norm_relu", free).constants["SHIFT_PER_SAMPLE"] is True
+    assert choose_launch("resize_group_norm_relu", free).constants["SHIFT_PER_SAMPLE"] is True
 
 
 def test_ptx_takes_what_tensorrt_passes() -> None:
     node = norm()
     call = call_of(node)
-    launch = plan_launch(node[0], call)
+    launch = choose_launch(node[0], call)
 
     ptx = compile_kernel(node[0], call, launch)
 
-    kinds = [re.split(r"\s+", parameter)[1] for parameter in aot.parameters(ptx.text)]
+    kinds = [re.split(r"\s+", parameter)[1] for parameter in parameters(ptx.text)]
     assert kinds == [".u64"] * len(node[1]) + [".u32"] * len(launch.scalars) + [".u64"]
     assert ptx.num_warps == launch.config.num_warps
-    assert aot.resources(ptx, 80).registers > 0
+    assert resources(ptx, 80).registers > 0
 
 
 @dataclass
@@ -145,8 +147,8 @@ class Compiler:
     def __call__(self, kernel: Any, *arguments: Any, aligned: Any) -> aot.Ptx:
         names = ("signature", "constants", "capability", "num_warps", "num_stages")
         self.calls.append(dict(zip(names, arguments, strict=True)) | {"aligned": set(aligned)})
-        _, _, capability, num_warps, num_stages = arguments
-        return aot.Ptx(kernel.__name__, "", self.stage * num_stages, num_warps, f"sm_{capability}")
+        *_, num_warps, num_stages = arguments
+        return aot.Ptx(kernel.__name__, "", self.stage * num_stages, num_warps)
 
 
 @pytest.fixture
@@ -160,7 +162,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_are_compiled_for_the_node(compiler: Compiler, node: Node, dtype: torch.dtype) -> None:
     call = call_of(node, 90, dtype)
-    launch = plan_launch(node[0], call)
+    launch = choose_launch(node[0], call)
 
     compile_kernel(node[0], call, launch)
 
@@ -185,7 +187,7 @@ def test_unknown_architectures_take_the_portable_code(compiler: Compiler, capabi
     node = projection()
     call = call_of(node, capability)
 
-    compile_kernel(node[0], call, plan_launch(node[0], call))
+    compile_kernel(node[0], call, choose_launch(node[0], call))
 
     assert compiler.calls[0]["capability"] == target
 
@@ -193,7 +195,7 @@ def test_unknown_architectures_take_the_portable_code(compiler: Compiler, capabi
 def test_shared_memory_stays_within_what_every_launch_may_have(compiler: Compiler) -> None:
     node = projection()
     call = call_of(node)
-    launch = plan_launch(node[0], call)
+    launch = choose_launch(node[0], call)
     launch = replace(launch, config=replace(launch.config, num_stages=4))
 
     compiler.stage = 16 * 1024
@@ -207,7 +209,7 @@ def test_shared_memory_stays_within_what_every_launch_may_have(compiler: Compile
 def test_a_launch_that_does_not_fit_the_kernel_is_refused() -> None:
     node = norm()
     call = call_of(node)
-    launch = plan_launch(node[0], call)
+    launch = choose_launch(node[0], call)
 
     with pytest.raises(EngineError, match="passes 5 tensors and 6 numbers, but its kernel takes 5 and 7"):
         compile_kernel(node[0], call, replace(launch, scalars=launch.scalars[1:]))
@@ -241,6 +243,33 @@ def test_the_hash_is_that_of_code_tables_and_triton(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(BackendUnavailableError, match="pip install triton"):
         kernel_hash()
+
+
+@pytest.mark.parametrize(
+    ("changed", "counts"),
+    [
+        ("residual_mix/kernel.py", True),
+        ("residual_mix/plugin.py", True),
+        ("tuning/residual_mix.json", True),
+        ("device.py", True),
+        ("tuning.py", True),
+        ("aot.py", True),
+        ("plugins.py", True),
+        ("spec.py", False),
+        ("check.py", False),
+    ],
+)
+def test_the_hash_counts_what_shapes_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: str, counts: bool
+) -> None:
+    copy = shutil.copytree(Path(plugins.__file__).parent, tmp_path / "kernels")
+    monkeypatch.setattr(plugins, "__file__", str(copy / "plugins.py"))
+    before = kernel_hash()
+
+    with (copy / changed).open("a") as file:
+        file.write("\n")
+
+    assert (kernel_hash() != before) is counts
 
 
 def test_what_cannot_be_registered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +316,7 @@ def test_the_real_bindings_take_the_plugins(version: str, tmp_path: Path) -> Non
         asked = {key: tuple(None if size < 0 else size for size in shape) for key, shape in shapes.items()}
         free = next(iter(shapes.values()))[0] < 0
         usual, real = (2, 3) if free else (2, 2)
-        expected = plan_launch(name, Call(asked, attributes, real, usual, dtype, 90))
+        expected = choose_launch(name, Call(asked, attributes, real, usual, dtype, 90))
         at_run_time = {key: tuple(real if size < 0 else size for size in shape) for key, shape in shapes.items()}
         assert found["shape"] == list(plugins._definition(name).output_shape(at_run_time, attributes))
         assert found["launch"] == {

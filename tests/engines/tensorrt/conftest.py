@@ -1,4 +1,4 @@
-"""What the tests of TensorRT plans share."""
+"""What the tests of running plans share: a double of TensorRT-RTX made from its real bindings."""
 
 from __future__ import annotations
 

@@ -25,7 +25,6 @@ OUTPUTS = (TensorSpec("y", torch.float32, ("batch", 2, 3)), TensorSpec("tap", to
 SHAPES: dict[str, tuple[int, ...]] = {"x": (-1, 2, 3), "step": (), "y": (-1, 2, 3), "tap": (-1, 5)}
 
 RANGE = ((1, 2, 3), (2, 2, 3), (4, 2, 3))
-"""A profile of x for one to four."""
 
 Triple = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -93,15 +92,11 @@ def use_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(engine_module, "launch_stream", launch_stream)
     available = Availability(True, "", "", "", ("cpu",))
-    monkeypatch.setattr(engine_module.registry, "check", lambda backend: available)
-
-
-def _array(address: int, count: int) -> np.ndarray:
-    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address))
+    monkeypatch.setattr(engine_module.api, "check", lambda _flavour: available)
 
 
 class Bench:
-    """Makes engines on one double."""
+    """Makes engines on one double of TensorRT-RTX."""
 
     def __init__(self, real: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
@@ -119,9 +114,13 @@ class Bench:
 
     def capture(self) -> None:
         """From here on, a CUDA graph is being captured."""
-        for module in (scratch_module, sys.modules[TensorRtEngine.__module__]):
+        for module in (scratch_module, engine_module):
             self.monkeypatch.setattr(module, "capturing", lambda: True)
 
 
 def inputs(batch: int) -> dict[str, torch.Tensor]:
     return {"x": torch.arange(6.0 * batch).reshape(batch, 2, 3), "step": torch.tensor(3.0)}
+
+
+def _array(address: int, count: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address))

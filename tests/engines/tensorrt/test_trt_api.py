@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from engines import registry
 from engines.errors import BackendUnavailableError
 from engines.tensorrt import api
 
@@ -68,7 +67,7 @@ def test_importing_the_build_side_imports_neither_torch_nor_tensorrt() -> None:
 def test_a_library_that_does_not_work_is_named_with_the_fix(fake: Any, code: str, reason: str) -> None:
     fake("tensorrt", code)
 
-    found = api.check_tensorrt()
+    found = api.check("tensorrt")
 
     assert reason in found.reason
     assert "pip install" in found.fix
@@ -84,7 +83,7 @@ def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "meta_path", [])
     monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
 
-    found = api.check_tensorrt_rtx()
+    found = api.check("tensorrt-rtx")
 
     assert found.reason == "tensorrt_rtx is not installed"
     assert found.fix == "Run: pip install 'tensorrt-rtx-cu13>=1.7'"
@@ -104,7 +103,7 @@ def test_without_a_gpu_rtx_still_builds_and_the_classic_library_does_not(
     gpu()
     monkeypatch.setattr(api, "driver_problem", lambda: "there is no NVIDIA driver (libcuda.so.1)")
 
-    classic, rtx = api.check_tensorrt(), api.check_tensorrt_rtx()
+    classic, rtx = api.check("tensorrt"), api.check("tensorrt-rtx")
 
     assert (classic.usable, classic.builds, classic.version) == (False, False, "11.4.0.106")
     assert (rtx.usable, rtx.builds, rtx.version) == (False, True, "1.7.1.116")
@@ -123,7 +122,7 @@ def test_a_driver_alone_is_not_enough(
     monkeypatch.setattr(api, "driver_problem", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", cuda)
 
-    found = api.check_tensorrt_rtx()
+    found = api.check("tensorrt-rtx")
 
     assert reason in found.reason
     assert found.fix
@@ -146,7 +145,7 @@ def test_which_gpus_each_flavour_takes(
     fake("tensorrt_rtx", "__version__ = '1.7'")
     gpu(capability)
 
-    for found, expected in ((api.check_tensorrt(), classic), (api.check_tensorrt_rtx(), rtx)):
+    for found, expected in ((api.check("tensorrt"), classic), (api.check("tensorrt-rtx"), rtx)):
         assert found.usable == expected
         assert found.devices == (("cuda",) if expected else ())
         assert bool(found.reason) != expected
@@ -157,7 +156,7 @@ def test_a_gpu_that_rtx_refuses_is_named_with_the_way_out(fake: Any, gpu: Any) -
     fake("tensorrt_rtx", "__version__ = '1.7.1'")
     gpu((9, 0))
 
-    found = api.check_tensorrt_rtx()
+    found = api.check("tensorrt-rtx")
 
     assert "sm_86, sm_89, sm_120" in found.reason
     assert "GPU 0 (sm_90)" in found.reason
@@ -168,7 +167,7 @@ def test_a_gpu_that_rtx_refuses_is_named_with_the_way_out(fake: Any, gpu: Any) -
 def test_one_gpu_of_several_is_enough(fake: Any, gpu: Any) -> None:
     fake("tensorrt_rtx", "__version__ = '1.7.1'")
     gpu((9, 0), (8, 9))
-    assert api.check_tensorrt_rtx().usable
+    assert api.check("tensorrt-rtx").usable
 
 
 @pytest.mark.parametrize(
@@ -195,10 +194,10 @@ def test_without_a_gpu_there_is_no_classic_plan(gpu: Any, monkeypatch: pytest.Mo
         api.device_tag("tensorrt", (), "cuda")
 
 
-def test_the_registry_knows_both() -> None:
+def test_both_libraries_answer() -> None:
     for name, flavour in api.FLAVOURS.items():
         assert flavour.name == name
-        assert isinstance(registry.check(name).usable, bool)
+        assert isinstance(api.check(name).usable, bool)
 
 
 @pytest.mark.tensorrt

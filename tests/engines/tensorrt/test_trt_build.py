@@ -14,7 +14,7 @@ from onnx import helper
 
 from engines.errors import EngineError
 from engines.tensorrt.build import PlanReport, PlanRequest, build_plan
-from engines.tensorrt.monitor import ProgressTree
+from engines.tensorrt.build_progress import ProgressTree
 from engines.tensorrt.onnx_file import OnnxFile
 from tests.conftest import once
 from tests.engines.tensorrt.onnx_models import FLOAT, HALF, conv, export_mid_blocks, profile, save

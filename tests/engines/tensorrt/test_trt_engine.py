@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,15 @@ import onnx.parser
 import pytest
 import torch
 
-from engines import registry
 from engines.base import TensorSpec
 from engines.capture import CapturedCall
-from engines.errors import EngineError, ShapeError
+from engines.errors import BackendUnavailableError, EngineError, ShapeError
 from engines.tensorrt import api, build
 from engines.tensorrt import scratch as scratch_module
 from engines.tensorrt.engine import TensorRtEngine
 from engines.tensorrt.scratch import Scratch
 from tests.engines.tensorrt import flows
-from tests.engines.tensorrt.plan_double import RANGE, STREAM, Bench, inputs, static
+from tests.engines.tensorrt.plan_double import INPUTS, OUTPUTS, STREAM, Bench, inputs
 
 pytestmark = pytest.mark.tensorrt
 
@@ -69,32 +67,6 @@ def test_shapes_are_set_once_for_all_calls_that_have_them(bench: Bench) -> None:
     assert len(bench.library.called("IExecutionContext.execute_async_v3")) == 5
 
 
-@pytest.mark.parametrize(("batch", "profile"), [(1, 1), (2, 2), (3, 0), (4, 0)])
-def test_the_narrowest_profile_that_fits_is_used(bench: Bench, batch: int, profile: int) -> None:
-    engine = bench.engine([RANGE, static(1), static(2)])
-    engine(inputs(batch))
-    assert bench.library.called("IExecutionContext.set_optimization_profile_async") == [(profile, STREAM)]
-
-
-def test_shapes_outside_of_all_profiles_are_refused_with_what_is_allowed(bench: Bench) -> None:
-    engine = bench.engine([RANGE, static(8)])
-    with pytest.raises(ShapeError) as caught:
-        engine(inputs(5))
-    for part in ("'unet'", "x [5, 2, 3]", "x [1..4, 2, 3] or x [8, 2, 3]", "icexport build", "min:opt:max"):
-        assert part in str(caught.value)
-    with pytest.raises(ShapeError, match="expected"):
-        engine({"x": torch.zeros(1, 2, 4), "step": torch.tensor(0.0)})
-
-
-def test_a_plan_of_fixed_shapes_needs_no_profile(bench: Bench) -> None:
-    shapes = {"x": (2, 2, 3), "step": (), "y": (2, 2, 3), "tap": (2, 5)}
-    engine = bench.engine([static(2)], shapes)
-    assert torch.equal(engine(inputs(2))["y"], inputs(2)["x"] + 1)
-    assert not bench.library.called("ICudaEngine.get_tensor_profile_shape")
-    with pytest.raises(ShapeError, match="not built for x"):
-        engine(inputs(1))
-
-
 def test_engines_share_scratch_memory_that_grows_to_the_largest(bench: Bench) -> None:
     scratch = Scratch("cpu")
     first = bench.engine(scratch=scratch)
@@ -112,17 +84,19 @@ def test_engines_share_scratch_memory_that_grows_to_the_largest(bench: Bench) ->
     ]
 
 
-def test_scratch_memory_of_a_captured_graph_is_neither_grown_nor_freed(bench: Bench) -> None:
-    scratch = Scratch("cpu")
-    address = scratch.address(1000)
-    with bench.monkeypatch.context() as patch:
-        patch.setattr(scratch_module, "capturing", lambda: True)
-        assert scratch.address(500) == address
-        with pytest.raises(EngineError, match="2000 bytes of scratch memory during the capture"):
-            scratch.address(2000)
-    kept = [memory.data_ptr() for memory in scratch._captured]
-    assert kept == [address]
-    assert scratch.address(2000) != address
+def test_scratch_memory_of_another_device_is_refused(bench: Bench) -> None:
+    with pytest.raises(EngineError, match="scratch memory is on meta"):
+        bench.engine(scratch=Scratch("meta"))
+
+
+def test_rtx_compiles_at_once_and_leaves_cuda_graphs_to_the_caller(bench: Bench) -> None:
+    bench.engine()(inputs(1))
+    real = bench.library.real
+    assert bench.library.called("IRuntimeConfig.cuda_graph_strategy") == [(real.CudaGraphStrategy.DISABLED,)]
+    assert bench.library.called("IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy") == [
+        (real.DynamicShapesKernelSpecializationStrategy.EAGER,)
+    ]
+    assert not bench.library.called("IRuntimeConfig.create_runtime_cache")
 
 
 def test_a_plan_that_rtx_says_cannot_be_captured_is_not(bench: Bench) -> None:
@@ -189,35 +163,17 @@ def test_a_closed_engine_frees_contexts_first_and_refuses_calls(bench: Bench) ->
         engine(inputs(1))
 
 
-class FakeStream:
-    """A CUDA stream as far as `launch_stream` looks at it."""
-
-    def __init__(self, handle: int, events: list[str]) -> None:
-        self.cuda_stream = handle
-        self._events = events
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self._events.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
-
-
-@pytest.mark.parametrize(("current", "used"), [(0, 9), (5, 5)], ids=["default stream", "another stream"])
-def test_tensorrt_never_gets_the_default_stream(monkeypatch: pytest.MonkeyPatch, current: int, used: int) -> None:
-    events: list[str] = []
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream(current, events))
-    monkeypatch.setattr(scratch_module, "_own_stream", lambda device: FakeStream(9, events))
-    with contextlib.suppress(EngineError), scratch_module.launch_stream(torch.device("cuda", 0)) as handle:
-        events.append(f"launch on {handle}")
-        raise EngineError
-    waits = ["9 waits for 0", "launch on 9", "0 waits for 9"]
-    assert events == (waits if current == 0 else [f"launch on {used}"])
+def test_a_device_that_the_library_cannot_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailableError, match="cannot use device 'cpu'"):
+        TensorRtEngine("unet", tmp_path / "p", INPUTS, OUTPUTS, flavour="tensorrt-rtx", device="cpu")
+    assert "cpu" not in api.check("tensorrt-rtx").devices
 
 
 @pytest.mark.gpu
 def test_a_real_plan_runs_on_a_gpu_alone_and_captured(tmp_path: Path) -> None:
-    flavour = next((name for name in api.FLAVOURS if registry.check(name).usable), None)
+    flavour = next((name for name in api.FLAVOURS if api.check(name).usable), None)
     if flavour is None:
-        pytest.skip(" and ".join(registry.check(name).reason for name in api.FLAVOURS))
+        pytest.skip(" and ".join(api.check(name).reason for name in api.FLAVOURS))
     onnx.save(onnx.parser.parse_model(flows.MODEL), tmp_path / "model.onnx")
     profiles = ({"x": ((1, 2), (2, 2), (8, 2))}, {"x": ((4, 2),) * 3})
     build.build_plan(

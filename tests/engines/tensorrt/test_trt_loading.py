@@ -1,4 +1,4 @@
-"""Loading plans on the double of TensorRT-RTX: settings, compiled kernels, and plans that do not fit."""
+"""Plans that cannot be loaded, or are not those of the graph."""
 
 from __future__ import annotations
 
@@ -11,67 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from engines import registry
 from engines.base import TensorSpec
-from engines.errors import BackendUnavailableError, EngineError
-from engines.tensorrt.engine import TensorRtEngine
-from engines.tensorrt.scratch import Scratch
-from tests.engines.tensorrt.plan_double import INPUTS, OUTPUTS, Bench, inputs
+from engines.errors import EngineError
+from tests.engines.tensorrt.plan_double import INPUTS, OUTPUTS, Bench
 
 pytestmark = pytest.mark.tensorrt
-
-
-def test_scratch_memory_of_another_device_is_refused(bench: Bench) -> None:
-    with pytest.raises(EngineError, match="scratch memory is on meta"):
-        bench.engine(scratch=Scratch("meta"))
-
-
-def test_rtx_compiles_at_once_and_leaves_cuda_graphs_to_the_caller(bench: Bench) -> None:
-    bench.engine()(inputs(1))
-    real = bench.library.real
-    assert bench.library.called("IRuntimeConfig.cuda_graph_strategy") == [(real.CudaGraphStrategy.DISABLED,)]
-    assert bench.library.called("IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy") == [
-        (real.DynamicShapesKernelSpecializationStrategy.EAGER,)
-    ]
-    assert not bench.library.called("IRuntimeConfig.create_runtime_cache")
-
-
-def test_rtx_keeps_compiled_kernels_in_a_file(bench: Bench, tmp_path: Path) -> None:
-    path = tmp_path / "kernels.bin"
-    contents = [b"one", b"two"]
-    other = {"IRuntimeCache.serialize": lambda cache: bench.library.make("IHostMemory", contents.pop(0))}
-    engine = bench.engine(other=other, runtime_cache=path)
-    engine(inputs(1))
-    engine(inputs(1))
-    assert path.read_bytes() == b"one"
-    engine(inputs(2))
-    assert path.read_bytes() == b"two"
-    assert [file.name for file in tmp_path.iterdir() if "kernels" in file.name] == ["kernels.bin"]
-    bench.engine(runtime_cache=path)
-    assert bench.library.called("IRuntimeCache.deserialize") == [(b"two",)]
-
-
-def test_rtx_replaces_a_cache_of_another_gpu(bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "kernels.bin"
-    path.write_bytes(b"foreign")
-    other = {
-        "IRuntimeCache.deserialize": False,
-        "IRuntimeCache.serialize": lambda cache: bench.library.make("IHostMemory", b"mine"),
-    }
-    with caplog.at_level("INFO"):
-        bench.engine(other=other, runtime_cache=path)(inputs(1))
-    assert "another GPU, driver or version" in caplog.text
-    assert path.read_bytes() == b"mine"
-
-
-def test_a_cache_that_cannot_be_written_is_an_error(bench: Bench, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    other = {"IRuntimeCache.serialize": lambda cache: bench.library.make("IHostMemory", b"")}
-    engine = bench.engine(other=other, runtime_cache=tmp_path / "file" / "kernels.bin")
-    with pytest.raises(EngineError, match="cannot be written"):
-        engine(inputs(1))
-    with pytest.raises(EngineError, match="runtime cache was refused"):
-        bench.engine(other={"IRuntimeConfig.set_runtime_cache": False}, runtime_cache=tmp_path / "kernels.bin")
 
 
 def replaced(specs: tuple[TensorSpec, ...], index: int, spec: TensorSpec) -> tuple[TensorSpec, ...]:
@@ -103,6 +47,12 @@ def test_a_tensor_in_host_memory_is_refused(bench: Bench) -> None:
     location = {"ICudaEngine.get_tensor_location": lambda engine, name: engine.library.real.TensorLocation.HOST}
     with pytest.raises(EngineError, match=r"step: float32 \[\] would have to lie in host memory"):
         bench.engine(other=location)
+
+
+def test_a_missing_plan_is_named(bench: Bench) -> None:
+    bench.plan.unlink()
+    with pytest.raises(EngineError, match="No such file"):
+        bench.engine()
 
 
 # In a process of its own that ends without cleaning up: where there is no driver, TensorRT-RTX may wait for ever for a
@@ -146,15 +96,3 @@ def test_the_real_library_says_why_it_cannot_load_a_plan(real: Any, tmp_path: Pa
     assert reason in message
     if len(content) > 64:
         assert "magicTag" in message
-
-
-def test_a_missing_plan_is_named(bench: Bench) -> None:
-    bench.plan.unlink()
-    with pytest.raises(EngineError, match="No such file"):
-        bench.engine()
-
-
-def test_a_device_that_the_library_cannot_use_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BackendUnavailableError, match="cannot use device 'cpu'"):
-        TensorRtEngine("unet", tmp_path / "p", INPUTS, OUTPUTS, flavour="tensorrt-rtx", device="cpu")
-    assert "cpu" not in registry.check("tensorrt-rtx").devices

@@ -20,7 +20,7 @@ class ProgressTree:
     A phase's share is one step of the phase that it belongs to. The fraction never falls.
 
     Attributes:
-        fraction: 0 to 1.
+        fraction: how much of the build is done, 0 to 1.
     """
 
     def __init__(self) -> None:
@@ -28,17 +28,17 @@ class ProgressTree:
         self._phases: dict[str, _Phase] = {}
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
-        """A phase of ``steps`` steps begins, within ``parent``."""
+        """Begin a phase of ``steps`` steps within ``parent``."""
         self._phases[name] = _Phase(parent, max(steps, 1))
 
     def step(self, name: str, index: int) -> None:
-        """Step ``index``, from 0, of a phase is complete."""
+        """Complete step ``index``, from 0, of a phase."""
         self._phases[name].done = index + 1
         total = sum(self._share(phase) * phase.done / phase.steps for phase in self._phases.values())
         self.fraction = max(self.fraction, min(total, 1.0))
 
     def finish(self, name: str) -> None:
-        """A phase is over."""
+        """End a phase."""
         self._phases.pop(name, None)
 
     def _share(self, phase: _Phase) -> float:
@@ -49,12 +49,12 @@ class ProgressTree:
         return self._share(parent) / parent.steps if parent else 0.0
 
 
-def make_monitor(module: Any, progress: Callable[[str, float], None]) -> Any:
+def make_progress_monitor(module: Any, progress: Callable[[str, float], None]) -> Any:
     """Make a progress monitor for a builder.
 
     Args:
-        module: The TensorRT library.
-        progress: Called with the name of the phase and the fraction done each time that another percent is done. If it
+        module: the TensorRT library.
+        progress: called with the name of the phase and the fraction done each time that another percent is done. If it
             raises, the builder is told to stop, and the exception is kept in the attribute ``failure``.
 
     Returns:
