@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icexport.backends.base import EngineRequest, Made
-from icexport.bundle.engine_store import EngineStore
 from icexport.bundle.records import EngineEntry
 from icexport.graphs.profile import Profile, SizeRange
 from icexport.graphs.shapes import TensorInfo, size_of
@@ -54,7 +53,7 @@ def build_plan(backend: str, request: EngineRequest, made: Made, targets: Sequen
             targets=tuple(targets),
             optimization_level=options.optimization_level,
             workspace_bytes=options.workspace_bytes,
-            timing_cache=None if api.FLAVOURS[backend].cross_builds else _timing_cache(request.store, version, device),
+            timing_cache=None if api.FLAVOURS[backend].cross_builds else request.store.timing(f"{version}-{device}"),
             plugins=made.plugins,
         )
         report = build(plan, progress=lambda _phase, share: request.progress(step, share))
@@ -113,9 +112,3 @@ def _sizes(profile: Profile, multiple: int) -> list[tuple[SizeRange, SizeRange]]
     return [
         (SizeRange(*[height // multiple] * 3), SizeRange(*[width // multiple] * 3)) for height, width in profile.shapes
     ]
-
-
-def _timing_cache(store: EngineStore, version: str, device: str) -> Path:
-    """Where classic TensorRT keeps what it timed on this kind of GPU."""
-    store.timing.mkdir(parents=True, exist_ok=True)
-    return store.timing / f"{version}-{device.replace(' ', '_')}.cache"

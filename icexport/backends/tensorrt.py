@@ -13,7 +13,7 @@ from icexport.backends.base import Backend, EngineRequest, Made, PlanOptions, fo
 from icexport.backends.plans import PLAN_NAME, build_plan
 from icexport.bundle.engine_store import EngineStore
 from icexport.bundle.records import EngineEntry
-from icexport.errors import UsageError
+from icexport.errors import BundleError, UsageError
 from icexport.host.files import digest
 from icexport.models.precision import precision
 
@@ -158,10 +158,8 @@ class TensorRtRtx(TensorRt):
 
     def kernel_cache(self, key: str) -> Path | None:
         """File for the kernels that are compiled for this GPU from a plan; None: no place to keep them."""
-        folder = EngineStore().kernels
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            logger.warning("Kernels are compiled in every process, for %s cannot be written: %s", folder, error)
+            return EngineStore().kernels(key)
+        except BundleError as error:
+            logger.warning("Kernels are compiled in every process. %s", error)
             return None
-        return folder / f"{key}.cache"

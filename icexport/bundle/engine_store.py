@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,9 @@ class Removed:
 class EngineStore:
     """Engines by key in one folder.
 
+    Several users may share one: what is made in it gets the permissions of the folder itself, so that one that is
+    writable for a group (``chmod 2775``) stays so.
+
     Args:
         root: the folder; made when the first engine is stored. None: ``$ICEXPORT_CACHE``, else ``icexport`` in the
             user's cache folder.
@@ -58,10 +62,6 @@ class EngineStore:
     def __init__(self, root: str | Path | None = None) -> None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.root = Path(root or os.environ.get(VARIABLE) or caches / "icexport").absolute()
-        self.timing = self.root / "timing"
-        """Timing caches of the builders: what is measured once need not be measured again."""
-        self.kernels = self.root / "kernels"
-        """Kernels that TensorRT-RTX compiled for the GPU of this machine: ``<key>.cache``."""
 
     @property
     def _engines(self) -> Path:
@@ -70,6 +70,27 @@ class EngineStore:
     @property
     def _bundles(self) -> Path:
         return self.root / "bundles"
+
+    def timing(self, name: str) -> Path:
+        """Timing cache of one builder: what was measured once need not be measured again.
+
+        Args:
+            name: of builder, version and device.
+
+        Raises:
+            BundleError: the store cannot be written.
+        """
+        with self._writable():
+            return self._folder("timing") / f"{name.replace(' ', '_')}.cache"
+
+    def kernels(self, key: str) -> Path:
+        """File for the kernels that TensorRT-RTX compiles from a plan for the GPU of this machine.
+
+        Raises:
+            BundleError: the store cannot be written.
+        """
+        with self._writable():
+            return self._folder("kernels") / f"{key}.cache"
 
     def fetch(self, key: str, target: Path, make: Callable[[Path], None], hashes: Hashes | None = None) -> bool:
         """Put the engine of ``key`` into the folder ``target``; build it with ``make(folder)`` if it is not stored.
@@ -96,8 +117,9 @@ class EngineStore:
                 return True
             with self._writing(key) as folder:
                 make(folder)
-                digests = {p.name: hashes(p) for p in sorted(folder.iterdir())}
-                (folder / _HASHES).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+                with self._writable():
+                    digests = {p.name: hashes(p) for p in sorted(folder.iterdir())}
+                    (folder / _HASHES).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
             for name, digest in digests.items():  # they were renamed, not changed
                 path = self._engines / key / name
                 hashes.know(path, Stamp.of(path), digest)
@@ -108,10 +130,8 @@ class EngineStore:
         """Remember where a bundle lies, so that ``collect`` keeps its engines."""
         path = str(bundle.resolve())
         with self._writable():
-            self._bundles.mkdir(parents=True, exist_ok=True)
-            (self._bundles / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.txt").write_text(
-                path, encoding="utf-8"
-            )
+            notes = self._folder("bundles")
+            (notes / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.txt").write_text(path, encoding="utf-8")
 
     def collect(self, dry_run: bool = False) -> list[Removed]:
         """Remove the engines to which no bundle refers, damaged ones, and the traces of bundles that are gone.
@@ -137,7 +157,7 @@ class EngineStore:
             size = sum(p.stat().st_size for p in folder.iterdir())
             if dry_run or self._remove(folder, key):
                 removed.append(Removed(key, size, reason))
-        for cache in sorted(self.kernels.glob("*.cache")):
+        for cache in sorted(self.root.glob("kernels/*.cache")):
             if cache.stem not in used:
                 removed.append(Removed(cache.stem, cache.stat().st_size, "compiled kernels of a plan that is gone"))
                 if not dry_run:
@@ -168,7 +188,7 @@ class EngineStore:
         """Remove the folder of one engine, unless a build holds it at this moment."""
         lock = self._lock(key)
         try:
-            with self._writable(), FileLock(lock, timeout=0):
+            with self._writable(), FileLock(lock, timeout=0, mode=0o666):
                 shutil.rmtree(folder)
         except Timeout:
             return False
@@ -189,14 +209,25 @@ class EngineStore:
                 _link(file, target / file.name, hashes)
         return True
 
+    def _folder(self, name: str) -> Path:
+        """A folder of the store, for those who may write to the store."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        folder = self.root / name
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return folder
+        folder.chmod(_mode(self.root))
+        return folder
+
     def _lock(self, key: str) -> Path:
         return self._engines / f".{key}.lock"
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
         with self._writable():
-            self._engines.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self._lock(key))
+            self._folder("engines")
+            lock = FileLock(self._lock(key), mode=0o666)  # another user of the store may be next
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -215,9 +246,13 @@ class EngineStore:
             temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=self._engines))
         try:
             yield temporary
-            temporary.chmod(0o755)  # mkdtemp makes it private
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            with self._writable():
+                mode = _mode(self._engines)
+                for file in temporary.iterdir():
+                    file.chmod(mode & 0o666)
+                temporary.chmod(mode)  # mkdtemp makes it private
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -232,6 +267,10 @@ class EngineStore:
                 f"The engine store {self.root} cannot be written: {error.strerror or error}. Choose another folder "
                 f"with --engine-store DIR or the environment variable {VARIABLE}."
             ) from error
+
+
+def _mode(folder: Path) -> int:
+    return stat.S_IMODE(folder.stat().st_mode)
 
 
 def _intact(folder: Path, hashes: Hashes) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import stat
 import threading
 from pathlib import Path
 
@@ -32,7 +34,7 @@ class Maker:
 
     def __call__(self, folder: Path) -> None:
         self.calls += 1
-        (folder / "engine.plan").write_text(self._text)
+        (folder / "engine.plan").write_bytes(self._text.encode())
 
 
 def test_an_engine_is_built_once_and_shared(store: EngineStore, tmp_path: Path) -> None:
@@ -154,10 +156,10 @@ NEEDED = {"canny": {SHARED, CANNY}, "depth": {SHARED, DEPTH}}
 @pytest.fixture
 def two_bundles(store: EngineStore, tmp_path: Path) -> EngineStore:
     """Two registered bundles that share an engine, and an engine that neither has; all with compiled kernels."""
-    store.kernels.mkdir(parents=True)
+    (store.root / "kernels").mkdir(parents=True)
     for key in (SHARED, CANNY, DEPTH, UNUSED):
         store.fetch(key, tmp_path / "built" / key, Maker(key))
-        (store.kernels / f"{key}.cache").write_text("kernels")
+        (store.root / "kernels" / f"{key}.cache").write_text("kernels")
     for name, keys in NEEDED.items():
         store.register(bundle_of(tmp_path / name, *keys))
         for key in keys:
@@ -168,7 +170,7 @@ def two_bundles(store: EngineStore, tmp_path: Path) -> EngineStore:
 def kept(store: EngineStore) -> set[str]:
     """What can still be had without building it, with its kernels."""
     plans = {p.parent.name for p in (store.root / "engines").glob("[!.]*/engine.plan") if p.read_text()}
-    assert plans == {path.stem for path in store.kernels.iterdir()}
+    assert plans == {path.stem for path in (store.root / "kernels").iterdir()}
     return plans
 
 
@@ -222,13 +224,13 @@ def test_collect_removes_damaged_and_interrupted(store: EngineStore, tmp_path: P
 
 
 def test_collect_removes_kernels_of_plans_that_are_gone(store: EngineStore, tmp_path: Path) -> None:
-    store.kernels.mkdir(parents=True)
+    (store.root / "kernels").mkdir(parents=True)
     for key in (KEY, OTHER):
-        (store.kernels / f"{key}.cache").write_text("kernels")
+        (store.root / "kernels" / f"{key}.cache").write_text("kernels")
     store.register(bundle_of(tmp_path / "canny", KEY))
     (found,) = store.collect()
     assert (found.key, found.bytes) == (OTHER, 7)
-    assert [path.stem for path in store.kernels.iterdir()] == [KEY]
+    assert [path.stem for path in (store.root / "kernels").iterdir()] == [KEY]
 
 
 def test_collect_leaves_what_is_being_built(store: EngineStore, tmp_path: Path) -> None:
@@ -268,6 +270,44 @@ def test_a_read_only_store_serves_what_it_has(
     assert store.fetch(KEY, tmp_path / "second", Maker()) is True
     with pytest.raises(BundleError, match="cannot be written: Read-only file system"):
         store.fetch(OTHER, tmp_path / "third", Maker())
+
+
+@pytest.mark.parametrize("shared", [0o2775, 0o755, 0o700])
+def test_what_is_made_in_a_store_is_for_all_who_share_it(store: EngineStore, tmp_path: Path, shared: int) -> None:
+    store.root.mkdir()
+    store.root.chmod(shared)
+    before = os.umask(0o077)
+    try:
+        store.fetch(KEY, tmp_path / "bundle", Maker())
+        store.register(tmp_path / "bundle")
+        folders = [store.kernels(KEY).parent, store.timing("10.16").parent]
+    finally:
+        os.umask(before)
+
+    def mode(path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
+    engines = store.root / "engines"
+    assert {mode(p) for p in (engines, engines / KEY, store.root / "bundles", *folders)} == {shared}
+    assert {mode(p) for p in (engines / KEY).iterdir()} == {shared & 0o666}
+    assert mode(engines / f".{KEY}.lock") == 0o666
+
+
+@pytest.mark.parametrize("full", ["make", "write_text", "rename"])
+def test_a_store_on_a_full_disk(
+    store: EngineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if full != "make":
+        monkeypatch.setattr(Path, full, refuse)
+    # What the builder says of its own work is told by whoever holds the bundle's folder open: bundle.store.writing.
+    with pytest.raises(OSError if full == "make" else BundleError, match="No space left on device"):
+        store.fetch(KEY, tmp_path / "bundle", refuse if full == "make" else Maker())
+    monkeypatch.undo()
+    assert [p.name for p in (store.root / "engines").iterdir()] == [f".{KEY}.lock"]
+    assert store.fetch(KEY, tmp_path / "bundle", Maker()) is False
 
 
 def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
