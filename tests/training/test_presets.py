@@ -77,5 +77,5 @@ def test_no_preset_changes_another() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UsageError, match="no preset 'paper'. Known presets: innercontrol, controlnet\\+\\+, finetune"):
         preset("paper", "depth")
-    with pytest.raises(UsageError, match="no recipe for condition 'pose'"):
-        preset("finetune", "pose")
+    with pytest.raises(UsageError, match="Nothing is published of controlnet\\+\\+ for condition 'pose'"):
+        preset("controlnet++", "pose")

@@ -149,6 +149,9 @@ def test_convert(icexport, tiny_model: Path, tmp_path: Path) -> None:
     assert icexport(*args, "--force").exit_code == 0
     assert icexport(*args, "--force", "--taps", "attn").exit_code == 2
     assert icexport(*args, "--force", "--taps", "mlp").exit_code == 2
+    unknown = icexport("convert", tiny_model / "controlnet-canny", "--cond", "pose", "--output", tmp_path / "pose")
+    assert unknown.exit_code == 2
+    assert "no condition 'pose'. Known conditions: canny, " in unknown.stderr
 
 
 def test_train_needs_its_extra(icexport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
