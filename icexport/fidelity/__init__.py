@@ -1,1 +1,1 @@
-"""How faithfully pictures and engines follow the control."""
+"""How faithfully pictures, and the readings of a probe, follow the control map."""

@@ -1,4 +1,4 @@
-"""The embedded reference model: a small but real Stable Diffusion with a canny ControlNet and its probe."""
+"""The embedded reference model: a small but real Stable Diffusion, a ControlNet and a probe for every condition."""
 
 from __future__ import annotations
 
