@@ -256,6 +256,9 @@ def test_balanced_mse_weighs_background_and_drawing_alike() -> None:
 
 
 def test_config_lists_every_fault() -> None:
+    published = LossConfig()
+    assert (published.reward_range, published.alignment_range) == ((0, 200), (0, 920))
+    assert (published.alpha, published.beta, published.legacy_hed) == (0, 0, False)
     assert LossConfig(reward_range=[0, 5]).reward_range == (0, 5)  # type: ignore[arg-type]
     with pytest.raises(UsageError) as caught:
         LossConfig(
