@@ -58,8 +58,8 @@ def train_controlnet(
     Args:
         run: all settings.
         output: folder of the result, checkpoints, log and validation pictures.
-        resume: go on from the newest checkpoint in ``output``; False refuses an output that has one.
-        dry_run: load and check everything, tell what would be trained, and stop.
+        resume: whether to go on from the newest checkpoint in ``output``; False refuses an output that has one.
+        dry_run: whether to load and check everything, tell what would be trained, and stop.
 
     Returns:
         What there is to say at the end; None on all processes but the first.
@@ -152,7 +152,7 @@ def _begin(run: ControlNetRun | ProbeRun, output: Path) -> _Setup:
 
 
 def _part(model: ModelConfig, part: str, given: str | None) -> Path | None:
-    """Folder of a ControlNet or probe: as given, or the base model's own for the condition, or None."""
+    """Return the folder of a ControlNet or probe: as given, or the base model's own for the condition, or None."""
     if given:
         return loading.locate(given)
     folder = loading.find_base(model.base)[0] / f"{part}-{model.cond}"
@@ -160,7 +160,7 @@ def _part(model: ModelConfig, part: str, given: str | None) -> Path | None:
 
 
 def _aligning_probe(run: ControlNetRun) -> tuple[InnerControlProbe, str]:
-    """The probe that the alignment reads with, and where it comes from."""
+    """Return the probe that the alignment reads with, and where it comes from."""
     folder = _part(run.model, "probe", run.model.probe)
     if folder is None:
         raise UsageError(
@@ -171,7 +171,7 @@ def _aligning_probe(run: ControlNetRun) -> tuple[InnerControlProbe, str]:
 
 
 def _starting_controlnet(run: ControlNetRun, models: BaseModels) -> tuple[ControlNetModel, str]:
-    """The ControlNet that is trained, and where it comes from."""
+    """Return the ControlNet that is trained, and where it comes from."""
     given = run.model.controlnet
     if given in _NO_CONTROLNET:
         return new_controlnet(models), "a copy of the UNet's encoder"
@@ -188,7 +188,7 @@ def _starting_controlnet(run: ControlNetRun, models: BaseModels) -> tuple[Contro
 
 
 def _of(data: DataConfig, source: str | None) -> DataConfig:
-    """The same settings for another source; only one that is named can hold pictures that training does not see."""
+    """Return the settings for another source; only one that is named can hold pictures that training does not see."""
     return data if source is None else replace(data, source=source)
 
 
@@ -225,7 +225,7 @@ def _announce(task: Task, setup: _Setup, what: str, detail: str) -> None:
 
 
 def _train(task: Task, setup: _Setup, resume: bool, dry_run: bool) -> dict[str, Any] | None:
-    """Train ``task``; what to tell of it, on the first process."""
+    """Train ``task``; return what to tell of it, on the first process."""
     run, accelerator, output = setup.run, setup.accelerator, setup.output
     batches = open_data(
         setup.data,
@@ -253,7 +253,7 @@ def _train(task: Task, setup: _Setup, resume: bool, dry_run: bool) -> dict[str, 
 
 
 def _leak(setup: _Setup, options: ProbeOptions, controlnet: ControlNetModel | None) -> list[dict[str, float]]:
-    """The leak test of the finished probe, also in ``leak.json``; no rows if it cannot be made."""
+    """Run the leak test of the finished probe, also into ``leak.json``; no rows if it cannot be made."""
     models, condition = setup.models, setup.run.condition
     data = _of(setup.data, options.leak_data)
     pictures = first_pictures(data, models, condition, options.leak_pictures)
@@ -275,6 +275,6 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 
 
 def _command(arguments: list[str], model: ModelConfig) -> str:
-    """A command line of icexport with the base model that this one had."""
+    """Return a command line of icexport with the base model that this one had."""
     base = [] if model.base == loading.REFERENCE else ["--model", model.base]
     return shlex.join(["icexport", *arguments, *base])

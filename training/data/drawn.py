@@ -17,8 +17,8 @@ class DrawnBatches:
 
     Args:
         draw: makes a batch; every random choice comes from the generator that it is given.
-        seed: of the draws.
-        rank: of this process, so that each draws its own.
+        seed: seed of the draws.
+        rank: number of this process, so that each draws its own.
     """
 
     def __init__(self, draw: Draw, seed: int, rank: int = 0) -> None:
@@ -33,7 +33,7 @@ class DrawnBatches:
             yield self._draw(generator)
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches were drawn."""
+        """Return how many batches were drawn."""
         return {"position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

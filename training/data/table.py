@@ -25,8 +25,8 @@ class Table:
     """The rows of one split, by number.
 
     Args:
-        rows: Has the columns that ``config`` names.
-        config: Names the columns.
+        rows: has the columns that ``config`` names.
+        config: names the columns.
     """
 
     def __init__(self, rows: datasets.Dataset, config: DataConfig) -> None:
@@ -42,11 +42,11 @@ class Table:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Sample]:
-        """All rows in order."""
+        """Return all rows in order."""
         return map(self.sample, range(len(self)))
 
     def sample(self, index: int) -> Sample:
-        """Row ``index``."""
+        """Return the row ``index``."""
         row = self._rows[index]
         image = self._content(row[self._config.image_column])
         control = self._config.control_column
@@ -64,7 +64,7 @@ class Table:
         return self._root / value if is_path else value
 
     def _id(self, index: int, image: Content | None) -> str:
-        """The file's path in the source's folder, where it has one: that is what can be looked up and mended."""
+        """Return the file's path in the source's folder, where it has one: it can be looked up and mended."""
         if isinstance(image, Path) and image.is_relative_to(self._root):
             return image.relative_to(self._root).as_posix()
         return f"row {index}"
@@ -74,7 +74,7 @@ def open_table(config: DataConfig) -> Table:
     """Open a folder of pictures, a saved data set or one of the hub.
 
     Raises:
-        UsageError: It does not exist, cannot be read, is empty, or lacks the split or a column.
+        UsageError: the data set does not exist, cannot be read, is empty, or lacks the split or a column.
     """
     try:
         rows = _load(config)
@@ -115,7 +115,7 @@ def _load(config: DataConfig) -> datasets.Dataset:
 
 
 def _metadata(folder: Path) -> dict[str, str]:
-    """The metadata files of a picture folder by split: of the folder, else of each folder in it, which is a split."""
+    """Find a picture folder's metadata files by split: of the folder, else of each folder in it, which is a split."""
     for name in _METADATA:
         if (folder / name).exists():
             return {"train": str(folder / name)}

@@ -38,11 +38,11 @@ class Sampling:
     """How pictures are drawn; the defaults are the paper's.
 
     Attributes:
-        steps: of the scheduler.
+        steps: number of steps of the scheduler.
         guidance_scale: weight of the prompt; 1: no guidance.
         negative_prompt: what to avoid.
         scheduler: ``unipc``, or a name of diffusers (``DDIM`` ...).
-        seed: of all pictures together.
+        seed: seed of all pictures together.
     """
 
     steps: int = 20
@@ -56,7 +56,7 @@ class Sampling:
 class Item:
     """One condition to draw: what is needed of it, without its pixels.
 
-    Attributes:
+    id: name of the condition, unique in the set.
         id: unique in the set.
         caption: the prompt.
         control: file of the control map, at the size of the pictures.
@@ -75,7 +75,7 @@ class Sampler:
 
     Attributes:
         pipe: diffusers' ControlNet pipeline or one that is called like it.
-        source: what was loaded, for people.
+        source: what was loaded, in words for people.
         key: hash of the weights; samplers of equal key, dtype and sampling draw the same.
         size: (height, width) in pixels.
         calls: numbers of pictures that one call takes.
@@ -90,7 +90,7 @@ class Sampler:
     def draw(
         self, captions: list[str], controls: torch.Tensor, seeds: list[int], sampling: Sampling, scale: float
     ) -> list[Image.Image]:
-        """One picture for each caption, control map ``[N,3,H,W]`` in [0,1] and seed."""
+        """Return one picture for each caption, control map ``[N,3,H,W]`` in [0,1] and seed."""
         request = Request(
             captions,
             seeds,
@@ -112,20 +112,20 @@ def load_model(
     device: str | None = None,
     size: tuple[int, int] | None = None,
 ) -> Sampler:
-    """Diffusers' own pipeline on a base model and a ControlNet, loaded strictly and from safetensors.
+    """Return diffusers' own pipeline on a base model and a ControlNet, loaded strictly and from safetensors.
 
     Args:
-        condition: names the ControlNet's folder where ``controlnet`` is None.
+        condition: name of the condition, which names the ControlNet's folder where ``controlnet`` is None.
         model: ``reference``, a folder or a Hub id.
         controlnet: a folder or a Hub id.
-        sampling: its scheduler is checked here.
+        sampling: settings of the pictures; the scheduler is checked here.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
-        device: None: the CPU.
-        size: (height, width); None: the model's own.
+        device: device to draw on; None: the CPU.
+        size: (height, width) in pixels; None: the model's own.
 
     Raises:
-        UsageError: an unknown scheduler, or no ControlNet for the condition.
-        CheckpointError: weights that are missing or damaged.
+        UsageError: the scheduler is unknown, or there is no ControlNet for the condition.
+        CheckpointError: weights are missing or damaged.
     """
     source = ModelSource.find(condition, model, controlnet, "none")
     scheduler = choose_scheduler(sampling.scheduler, load_scheduler(source.base / "scheduler"))
@@ -143,7 +143,7 @@ def load_bundle(
     device: str | None = None,
     size: tuple[int, int] | None = None,
 ) -> Sampler:
-    """A bundle's pipeline. Arguments and errors as `load_model`'s and those of `InnerControlPipeline`."""
+    """Return a bundle's pipeline. Arguments and errors as `load_model`'s and those of `InnerControlPipeline`."""
     bundle = Bundle(path)
     pipe = InnerControlPipeline.from_pretrained(bundle, backend=backend, device=device)
     pipe.scheduler = choose_scheduler(sampling.scheduler, pipe.scheduler)
@@ -155,18 +155,18 @@ def load_bundle(
 
 
 def picture_seed(seed: int, condition_id: str, group: int) -> int:
-    """Seed of one picture, a function of its arguments alone: 63 bits of a hash."""
+    """Return the seed of one picture, a function of its arguments alone: 63 bits of a hash."""
     text = json.dumps([seed, condition_id, group], ensure_ascii=True)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def picture_path(folder: Path, condition_id: str, group: int) -> Path:
-    """``<id>-<group>.png`` in ``folder``."""
+    """Return ``<id>-<group>.png`` in ``folder``."""
     return folder / file_name(f"{condition_id}-{group}")
 
 
 def file_name(name: str) -> str:
-    """``<name>.png``; what a file name cannot hold is written as in URLs (``/`` as ``%2F``)."""
+    """Return ``<name>.png``; what a file name cannot hold is written as in URLs (``/`` as ``%2F``)."""
     return f"{quote(name, safe=' ()[]+,=@')}.png"
 
 
@@ -174,7 +174,7 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
     """Note what the pictures in ``output`` are drawn with, or check that those there were drawn with the same.
 
     Raises:
-        UsageError: they were not; every difference is listed.
+        UsageError: they were drawn with other settings; every difference is listed.
     """
     path = output / SETTINGS
     settings = json.loads(json.dumps(settings))
@@ -212,12 +212,12 @@ def draw_missing(
     """Draw every picture that ``folder`` lacks; each appears complete or not at all.
 
     Args:
-        sampler: draws them.
-        sampling: with these settings.
+        sampler: draws the pictures.
+        sampling: settings of the pictures.
         items: the conditions.
-        groups: pictures of each.
-        folder: of the files, see `picture_path`.
-        scale: of the ControlNet; 0 switches it off.
+        groups: number of pictures of each condition.
+        folder: folder of the files, see `picture_path`.
+        scale: scale of the ControlNet; 0 switches it off.
         batch_size: largest number of pictures in one call.
         progress: told how far it is.
 
@@ -243,10 +243,10 @@ def draw_missing(
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture of ours, RGB.
+    """Return a picture of ours, RGB.
 
     Raises:
-        UsageError: it is missing or damaged.
+        UsageError: the picture is missing or damaged.
     """
     try:
         with Image.open(path) as image:
@@ -256,14 +256,14 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def sampling_settings(sampler: Sampler, sampling: Sampling) -> dict[str, Any]:
-    """Everything that a picture depends on besides its condition."""
+    """Return everything that a picture depends on besides its condition."""
     scheduler = type(sampler.pipe.scheduler).__name__
     more = {"scheduler": scheduler, "size": list(sampler.size), "dtype": sampler.source["dtype"]}
     return {"weights": sampler.key, **asdict(sampling), **more}
 
 
 def _text(item: Item, group: int, sampling: Sampling) -> dict[str, str]:
-    """What a picture's file says of it."""
+    """Return what a picture's file says of it."""
     seed = str(picture_seed(sampling.seed, item.id, group))
     return {"prompt": item.caption, "control_sha256": item.digest, "seed": seed}
 

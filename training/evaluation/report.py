@@ -56,12 +56,12 @@ def write_report(
     """Write the report; it appears complete or not at all.
 
     Args:
-        path: of the HTML file.
+        path: path of the HTML file.
         result: what ``evaluation.json`` holds.
         condition: reads the shown pictures once more.
         items: the conditions.
-        folders: of each set of pictures, ``control`` and perhaps ``no_control``.
-        device: where they are read.
+        folders: folder of each set of pictures, ``control`` and perhaps ``no_control``.
+        device: device where they are read.
     """
     title = f"{condition.name}: {result['settings'].get('model') or next(iter(result['settings'].values()))}"
     name, metric = next(iter(metrics_of(condition).items()))
@@ -97,13 +97,13 @@ equal data only.</p>
 def select(
     rows: Sequence[Mapping[str, Any]], name: str, higher_is_better: bool, count: int = SHOWN
 ) -> dict[str, list[Mapping[str, Any]]]:
-    """The best, the middle and the worst pictures by one metric, none of them twice.
+    """Return the best, the middle and the worst pictures by one metric, none of them twice.
 
     Args:
         rows: ``result["pictures"]``.
-        name: of the metric.
-        higher_is_better: its direction.
-        count: of pictures for each place; fewer if there are not enough.
+        name: name of the metric.
+        higher_is_better: whether more is better.
+        count: number of pictures for each place; fewer if there are not enough.
     """
     ranked = sorted(rows, key=lambda row: row["control"][name], reverse=higher_is_better)
     count = min(count, max(1, len(ranked) // 3))
@@ -116,7 +116,7 @@ def select(
 def _card(
     item: Item, row: Mapping[str, Any], name: str, condition: Condition, folders: Mapping[str, Path], device: str
 ) -> str:
-    """One picture beside its control map and what is read from it."""
+    """Return one picture beside its control map and what is read from it."""
     picture = open_picture(picture_path(folders["control"], item.id, row["group"]))
     reading = to_image(read(condition, to_pixels(picture).to(device)).maps[0].cpu())
     pictures = {"control map": open_picture(item.control), "picture": picture, "reading": reading}

@@ -24,8 +24,8 @@ class Measure:
     """A number that is compared.
 
     Attributes:
-        key: in ``result.json``.
-        title: for people.
+        key: name of the number in ``result.json``.
+        title: name of the number for people.
         better: 1 where more is better, -1 where less is.
     """
 
@@ -49,13 +49,13 @@ class Row:
     """What the runs of one arm say.
 
     Attributes:
-        arm: its name.
-        seeds: that were run.
-        mean: of the measure over seeds and held-out conditions.
-        difference: to the baseline's runs of the same seeds, with a 95 % interval over conditions; positive is better.
-            None for the baseline, and where no seed is shared.
+        arm: name of the arm.
+        seeds: seeds that were run.
+        mean: mean of the measure over seeds and held-out conditions.
+        difference: difference to the baseline's runs of the same seeds, with a 95 % interval over conditions; positive
+            is better. None for the baseline, and where no seed is shared.
         by_seed: the difference for each seed.
-        result: of every seed.
+        result: result of every seed.
     """
 
     arm: str
@@ -67,7 +67,7 @@ class Row:
 
 
 def rows(recipe: Recipe, work: Path, condition: str, measure: Measure) -> list[Row]:
-    """One row for every arm that was run, in the recipe's order."""
+    """Return one row for every arm that was run, in the recipe's order."""
     runs = {arm.name: _results(recipe, work / condition / arm.name) for arm in recipe.arms}
     base = runs[BASELINE]
     found = []
@@ -103,7 +103,7 @@ def write(recipe: Recipe, work: Path, docs: Path, machine: str) -> None:
 
 
 def table(recipe: Recipe, work: Path, condition: str) -> str:
-    """The results of one condition in Markdown."""
+    """Return the results of one condition in Markdown."""
     primary, secondary = PRIMARY[condition], SECONDARY[condition]
     lines = [
         f"### {condition}",
@@ -137,7 +137,7 @@ def table(recipe: Recipe, work: Path, condition: str) -> str:
 
 
 def leak_table(start: dict[str, Any]) -> str:
-    """How hard each loss pulls where the arms start, and what each probe reads of another picture's control map."""
+    """Tell how hard each loss pulls where the arms start, and what each probe reads of another picture's map."""
     norms = ", ".join(f"{name} {value:.4g}" for name, value in start["gradients"].items())
     lines = [
         f"Gradient norms at the start, each loss with weight 1: {norms}.",
@@ -156,7 +156,7 @@ def leak_table(start: dict[str, Any]) -> str:
 
 
 def plot(recipe: Recipe, work: Path, path: Path) -> None:
-    """Each arm's gain over plain fine-tuning: the mean with its interval, and a dot for each seed."""
+    """Plot each arm's gain over plain fine-tuning: the mean with its interval, and a dot for each seed."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(recipe.conditions), figsize=(5.4 * len(recipe.conditions), 3.6), squeeze=False)
@@ -178,7 +178,7 @@ def plot(recipe: Recipe, work: Path, path: Path) -> None:
 
 
 def _summary(recipe: Recipe, work: Path, condition: str) -> dict[str, Any]:
-    """Everything that the tables say and the leak tests, for machines."""
+    """Return everything that the tables say and the leak tests, for machines."""
     start = _read(work / condition / "start")
     found = {}
     for measure in (PRIMARY[condition], SECONDARY[condition]):
@@ -197,7 +197,7 @@ def _summary(recipe: Recipe, work: Path, condition: str) -> dict[str, Any]:
 
 
 def _results(recipe: Recipe, folder: Path) -> dict[int, dict[str, Any]]:
-    """By seed, what was run of an arm."""
+    """Return by seed what was run of an arm."""
     folders = {seed: folder / f"seed-{seed}" for seed in recipe.seeds}
     return {seed: _read(path) for seed, path in folders.items() if (path / RESULT).exists()}
 
@@ -208,7 +208,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _matched(result: dict[str, Any], kind: str) -> float:
-    """Mean over timesteps of a probe's error with the right control map."""
+    """Return the mean over timesteps of a probe's error with the right control map."""
     errors = [row["matched"] for row in result["probes"][kind]]
     return sum(errors) / len(errors)
 
@@ -218,7 +218,7 @@ def _probe(result: dict[str, Any], kind: str) -> str:
 
 
 def _distance(results: Sequence[dict[str, Any]], real: Tensor) -> float:
-    """Kernel distance of the judge's features to those of training pictures, mean over runs."""
+    """Return the kernel distance of the judge's features to those of training pictures, mean over runs."""
     found = [kernel_distance(torch.tensor(result["features"]), real) for result in results]
     return sum(found) / len(found)
 

@@ -51,13 +51,13 @@ class Meter:
     to that much later, under its own number and with its own pictures, and never reaches a checkpoint or a result.
 
     Args:
-        accelerator: of the run.
+        accelerator: accelerator of the run.
         totals: sums and counts that a checkpoint between two rows has saved.
 
     Attributes:
-        totals: of each loss since the last row, over all processes: sum and count.
-        seconds: of training since the last row, pauses left out.
-        pictures: trained on since the last row, by all processes.
+        totals: sum and count of each loss since the last row, over all processes.
+        seconds: time of training since the last row, pauses left out.
+        pictures: number of pictures trained on since the last row, by all processes.
     """
 
     def __init__(self, accelerator: Accelerator, totals: Mapping[str, Any] | None = None) -> None:
@@ -105,7 +105,7 @@ class Meter:
                 self.totals[name] = (before[0] + total, before[1] + count)
 
     def take(self) -> dict[str, float]:
-        """Means since the last row; a loss that some micro steps lack is averaged over those that have it."""
+        """Return means since the last row; a loss that some micro steps lack is averaged over those that have it."""
         means = {name: total / count for name, (total, count) in self.totals.items()}
         self.totals, self.seconds, self.pictures = {}, 0.0, 0
         return means

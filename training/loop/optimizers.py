@@ -23,15 +23,15 @@ def new_optimizer(
     eps: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """A new optimiser. Its learning rate is 0: whoever steps it sets the rate of every update.
+    """Return a new optimiser. Its learning rate is 0: whoever steps it sets the rate of every update.
 
     Args:
         name: one of ``OPTIMIZERS``.
         parameters: what to train.
         device: where the parameters are going to be.
         betas: decays of the first and second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, of all parameters.
+        eps: number that is added to the root of the second moment.
+        weight_decay: decoupled weight decay of all parameters.
 
     Raises:
         UsageError: the 8-bit optimiser was asked for and bitsandbytes is missing.

@@ -31,7 +31,7 @@ LABELS = ("held-out picture", "control map", "with control", "scale 0")
 
 
 def contact_sheet(prompts: Sequence[str], rows: Sequence[Tensor]) -> Image.Image:
-    """One row for each kind of picture, one column for each prompt, labelled."""
+    """Return one row for each kind of picture, one column for each prompt, labelled."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(rows), len(prompts), figsize=(1.5 * len(prompts), 1.66 * len(rows)))
@@ -59,7 +59,7 @@ def _wrapped(prompt: str) -> str:
 
 
 def loss_curves(work: Path, output: Path) -> None:
-    """One panel for each stage that has a log in ``work``."""
+    """Plot one panel for each stage that has a log in ``work``."""
     import matplotlib.pyplot as plt
 
     files = {path.parent.name: path for path in sorted(work.glob("*/log.jsonl"))}
@@ -83,7 +83,7 @@ CARD = Path(__file__).with_name("card.md")
 
 
 def model_card(result: dict[str, Any], machine: str) -> str:
-    """The model card, every number from ``result``."""
+    """Return the model card, every number from ``result``."""
     data, found = result["data"], result["conditions"]
     scores = "\n".join(
         f"| {name} | {c['metric']}, {'higher' if c['higher_is_better'] else 'lower'} is better | "
@@ -131,7 +131,7 @@ def _leak_table(name: str, rows: list[dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Command line of ``python -m training.reference.report``."""
+    """Run the command line of ``python -m training.reference.report``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="the training's folder: data and loss curves")
     parser.add_argument("--model", type=Path, required=True, help="the model; metrics.json is written beside it")

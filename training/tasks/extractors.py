@@ -24,36 +24,36 @@ class RewardExtractor:
     """Reads the maps that the reward compares: in this form, those of the condition itself.
 
     Args:
-        condition: Whose ``extract_batch`` passes gradients on.
+        condition: the condition; its ``extract_batch`` passes gradients on.
     """
 
     def __init__(self, condition: Condition) -> None:
         self.condition = condition
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Maps ``[B,1,H,W]`` float32 of ``pixels`` ``[B,3,H,W]`` in [0,1], differentiable."""
+        """Return maps ``[B,1,H,W]`` float32 of ``pixels`` ``[B,3,H,W]`` in [0,1], differentiable."""
         # Float32 even inside autocast: bfloat16 pixels tie with their neighbours, and the finest lines get lost.
         with torch.autocast(pixels.device.type, enabled=False):
             return self._read(pixels.float())
 
     @torch.no_grad()
     def target(self, control: Tensor, pixels: Tensor | None) -> Tensor:
-        """What the maps should be, without a gradient.
+        """Return what the maps should be, without a gradient.
 
         Args:
-            control: ``[B,3,H,W]`` in [0,1].
-            pixels: ``[B,3,H,W]`` in [0,1], the pictures that the control maps belong to, if they are there.
+            control: control maps ``[B,3,H,W]`` in [0,1].
+            pixels: pictures ``[B,3,H,W]`` in [0,1] that the control maps belong to, if they are there.
 
         Returns:
             ``[B,1,H,W]`` float32.
 
         Raises:
-            UsageError: This condition's target is read from the pictures, and there are none.
+            UsageError: this condition's target is read from the pictures, and there are none.
         """
         return self._target(control, pixels)
 
     def blank(self, target: Tensor) -> Tensor:
-        """``[B]`` bool: targets that say nothing, which `training.tasks.losses.reward_loss` has to skip."""
+        """Return ``[B]`` bool: targets that say nothing, which `training.tasks.losses.reward_loss` has to skip."""
         return torch.zeros(len(target), dtype=torch.bool, device=target.device)
 
     def _read(self, pixels: Tensor) -> Tensor:
@@ -116,16 +116,16 @@ class _DepthReward(RewardExtractor):
 
 
 def reward_extractor(condition: Condition, legacy: bool = False) -> RewardExtractor:
-    """The reward's extractor for a condition.
+    """Return the reward's extractor for a condition.
 
     Args:
-        condition: canny: edge strength before thresholds, of pictures and of targets alike (ControlNet++); depth:
-            inverse depth over its maximum; others: the condition's own maps.
-        legacy: For hed: cast the maps to 8 bits as the published code does, to reproduce it. Nothing is learnt from
-            such a reward, and a warning says so.
+        condition: the condition; for canny the maps are edge strength before thresholds, of pictures and of targets
+            alike (ControlNet++); for depth inverse depth over its maximum; for others the condition's own maps.
+        legacy: for hed: whether to cast the maps to 8 bits as the published code does, to reproduce it. Nothing is
+            learnt from such a reward, and a warning says so.
 
     Raises:
-        UsageError: ``legacy`` for another condition.
+        UsageError: ``legacy`` was asked for another condition.
     """
     if legacy and not isinstance(condition, Hed):
         raise UsageError(f"The legacy reward exists for hed only, not for {condition.name}: leave legacy_hed out.")

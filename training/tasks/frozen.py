@@ -34,9 +34,9 @@ class BaseModels:
 
     Attributes:
         unet: predicts noise or velocity, as ``scheduler.config.prediction_type`` says.
-        vae: pixels to latents and back.
-        text_encoder: token ids to prompt embeddings.
-        tokenizer: of the text encoder.
+        vae: takes pixels to latents and back.
+        text_encoder: takes token ids to prompt embeddings.
+        tokenizer: tokenizer of the text encoder.
         scheduler: the noise schedule of training.
     """
 
@@ -47,7 +47,7 @@ class BaseModels:
     scheduler: DDPMScheduler
 
     def autocast(self) -> torch.autocast:
-        """Lets float32 networks and latents meet networks of a half type, outside of the trainer."""
+        """Let float32 networks and latents meet networks of a half type, outside of the trainer."""
         half = self.unet.dtype != torch.float32
         return torch.autocast(self.unet.device.type, self.unet.dtype if half else None, enabled=half)
 
@@ -64,7 +64,7 @@ class BaseModels:
         """Refuse networks that do not belong to this base model, before anything is trained.
 
         Raises:
-            CheckpointError: listing everything that does not fit.
+            CheckpointError: a network does not fit; everything that does not is listed.
         """
         configs = self.configs | ({} if controlnet is None else {"controlnet": controlnet.config})
         check_fit(configs, condition, None if probe is None else probe.config)
@@ -86,7 +86,7 @@ class BaseModels:
         return size_multiple(self.unet.config, self.vae.config)
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """Token ids int64 ``[len(texts),S]``, padded and cut to the text encoder's length S."""
+        """Return token ids int64 ``[len(texts),S]``, padded and cut to the text encoder's length S."""
         length = int(self.text_encoder.config.max_position_embeddings)
         ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return torch.as_tensor(ids.input_ids, dtype=torch.int64)
@@ -98,17 +98,17 @@ class BaseModels:
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Prompt embeddings ``[B,S,D]`` of token ids ``[B,S]``."""
+        """Return prompt embeddings ``[B,S,D]`` of token ids ``[B,S]``."""
         embeds: Tensor = self.text_encoder(input_ids)[0]
         return embeds
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Scaled latents ``[B,4,h,w]`` float32 of ``pixels`` ``[B,3,H,W]`` in [0,1].
+        """Return scaled latents ``[B,4,h,w]`` float32 of ``pixels`` ``[B,3,H,W]`` in [0,1].
 
         Args:
-            pixels: on the networks' device.
-            generator: of the CPU, samples the posterior; None: its mean.
+            pixels: pictures on the networks' device.
+            generator: generator of the CPU that samples the posterior; None: its mean.
         """
         posterior = self.vae.encode((2 * pixels - 1).to(self.vae.dtype)).latent_dist
         latents: Tensor = posterior.mean.float()
@@ -118,7 +118,7 @@ class BaseModels:
         return latents * float(self.vae.config["scaling_factor"])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels ``[B,3,H,W]`` float32 in [0,1] of scaled latents ``[B,4,h,w]``; gradients pass."""
+        """Return pixels ``[B,3,H,W]`` float32 in [0,1] of scaled latents ``[B,4,h,w]``; gradients pass."""
         scaled = (latents / float(self.vae.config["scaling_factor"])).to(self.vae.dtype)
         return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
@@ -133,7 +133,7 @@ class Frozen:
     device: torch.device | None = None
 
     def __post_init__(self) -> None:
-        """Freezes every network."""
+        """Freeze every network."""
         for module in self._networks.values():
             module.eval().requires_grad_(False)
 
@@ -154,7 +154,7 @@ class Frozen:
         self.device = device
 
     def fingerprints(self) -> dict[str, str]:
-        """A short hash of each network's weights, of the first of every tensor: others give another one."""
+        """Return a short hash of each network's weights, of the first of every tensor: others give another one."""
         return {name: _fingerprint(module) for name, module in self._networks.items()}
 
 
@@ -168,14 +168,14 @@ class Noised:
     """A batch as the networks take it, on their device.
 
     Attributes:
-        latents: float32 ``[B,4,h,w]``, scaled.
-        noise: as latents.
-        noisy: latents with noise of each sample's timestep.
+        latents: scaled latents, float32 ``[B,4,h,w]``.
+        noise: noise of the same shape and type as the latents.
+        noisy: the latents with noise of each sample's timestep.
         timesteps: int64 ``[B]``, uniform in 0..T-1.
-        host_timesteps: the same on the CPU, so that nobody has to wait for the device to know them.
+        host_timesteps: the timesteps on the CPU, so that nobody has to wait for the device to know them.
         text: prompt embeddings ``[B,S,D]``.
         control: control maps float32 ``[B,3,H,W]`` in [0,1].
-        pixels: float32 ``[B,3,H,W]`` in [0,1], or None where the batch has none.
+        pixels: pictures, float32 ``[B,3,H,W]`` in [0,1], or None where the batch has none.
     """
 
     latents: Tensor
@@ -198,9 +198,9 @@ def noised(
 
     Args:
         batch: ``pixels`` or ``latents``, ``control`` unless there are pixels, ``input_ids``; on the CPU.
-        models: on the device where everything is to run.
+        models: base model on the device where everything is to run.
         condition: extracts the control maps.
-        generator: of the CPU.
+        generator: generator of the CPU.
         text_dropout: probability that a sample's prompt is the empty one.
     """
     device, samples = models.unet.device, len(batch["input_ids"])
@@ -225,7 +225,7 @@ def noised(
 
 @torch.no_grad()
 def control_maps(batch: dict[str, Any], condition: Condition, device: torch.device) -> Tensor:
-    """The batch's own control maps, or those of its pixels, extracted in float32: ``[B,3,H,W]`` on ``device``."""
+    """Return the batch's own control maps, or extract those of its pixels in float32: ``[B,3,H,W]`` on ``device``."""
     if "control" in batch:
         return batch["control"].to(device)
     with torch.autocast(device.type, enabled=False):
@@ -233,13 +233,13 @@ def control_maps(batch: dict[str, Any], condition: Condition, device: torch.devi
 
 
 def residuals(controlnet: ControlNetModel, sample: Noised, control: Tensor) -> dict[str, Any]:
-    """What ``controlnet`` adds to the UNet, as keyword arguments of the UNet."""
+    """Return what ``controlnet`` adds to the UNet, as keyword arguments of the UNet."""
     down, mid = controlnet(sample.noisy, sample.timesteps, sample.text, control, return_dict=False)
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
 
 def read(probe: InnerControlProbe, models: BaseModels, taps: list[Tensor], timesteps: Tensor) -> Tensor:
-    """The probe's reading ``[B,C,h,w]``, in float32 whatever the taps' type.
+    """Return the probe's reading ``[B,C,h,w]``, in float32 whatever the taps' type.
 
     The embedding is that of the timestep that the probe was made for (``ProbeConfig.timestep_convention``).
     """
@@ -254,7 +254,7 @@ def read(probe: InnerControlProbe, models: BaseModels, taps: list[Tensor], times
 
 
 def probe_target(probe: InnerControlProbe, control: Tensor, size: Iterable[int]) -> Tensor:
-    """What the probe should read of control maps ``[B,3,H,W]`` in [0,1]: ``[B,C,*size]`` in its ``control_range``.
+    """Return what the probe should read of control maps ``[B,3,H,W]`` in [0,1]: ``[B,C,*size]``, in ``control_range``.
 
     Averaged over areas rather than picked: a line of one pixel would be lost between the cells of a coarse reading.
     """
@@ -265,11 +265,11 @@ def probe_target(probe: InnerControlProbe, control: Tensor, size: Iterable[int])
 
 
 def load_base(name: str, dtype: torch.dtype = torch.float32) -> BaseModels:
-    """A frozen base model.
+    """Return a frozen base model.
 
     Args:
         name: ``reference``, a folder of diffusers, or a Hub id.
-        dtype: of all networks.
+        dtype: element type of all networks.
 
     Raises:
         CheckpointError: a part is missing, damaged, of another layout, or of a kind that cannot be trained on.
@@ -288,7 +288,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> BaseModels:
 
 
 def new_controlnet(models: BaseModels) -> ControlNetModel:
-    """A ControlNet that starts as a copy of the UNet's encoder, in float32.
+    """Return a ControlNet that starts as a copy of the UNet's encoder, in float32.
 
     Its control map embedding halves the map as often as the autoencoder does.
     """

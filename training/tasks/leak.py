@@ -35,7 +35,7 @@ def leak_test(
     timesteps: Sequence[int] = TIMESTEPS,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """The probe's mean squared error, on the scale [0,1] of control maps, with the right and with a foreign control.
+    """Return the probe's mean squared error, on the maps' scale [0,1], with the right and with a foreign control.
 
     The prompt is empty, so that only latents and control differ.
 
@@ -43,11 +43,11 @@ def leak_test(
         probe: reads the UNet's taps.
         models: the base model, on the probe's device.
         controlnet: takes the control maps; None: only the plain UNet is read.
-        batches: as training takes them, each of at least two different pictures; the control maps are exchanged
-            within each.
+        batches: batches as training takes them, each of at least two different pictures; the control maps are
+            exchanged within each.
         condition: extracts the control maps that the batches lack.
         timesteps: noise levels to look at.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         A row for each timestep: ``timestep``; ``plain``, the error without ControlNet; and with a ControlNet
@@ -70,7 +70,7 @@ def leak_test(
 
 
 def _case(batch: dict[str, Any], models: BaseModels, condition: Condition, generator: torch.Generator) -> Noised:
-    """A batch with its noise, not yet added."""
+    """Return a batch with its noise, not yet added."""
     device, count = models.unet.device, len(batch["input_ids"])
     latents = batch["latents"].to(device) if "latents" in batch else models.encode(batch["pixels"].to(device), None)
     return Noised(
@@ -95,7 +95,7 @@ def _at(case: Noised, models: BaseModels, timestep: int) -> Noised:
 def _errors(
     probe: InnerControlProbe, models: BaseModels, taps: Taps, controlnet: ControlNetModel | None, sample: Noised
 ) -> dict[str, Tensor]:
-    """Errors ``[B]`` by name, as ``leak_test`` describes them."""
+    """Return the errors ``[B]`` by name, as ``leak_test`` describes them."""
     low, high = probe.config.control_range
 
     def reading(**added: Any) -> Tensor:

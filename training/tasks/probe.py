@@ -33,15 +33,15 @@ OFFICIAL_PROJECTION = 384
 def new_probe(
     unet: UNet2DConditionModel, tap_kind: TapKind = "attn", condition: str | None = None, **sizes: Any
 ) -> InnerControlProbe:
-    """An untrained probe for ``unet``.
+    """Return an untrained probe for ``unet``.
 
     Sizes are the official ones, P = 384 in 32 groups, where the widest tap has more than 704 channels. Below that P is
     half of its width, rounded up to a multiple of 32, with 8 channels of P a group. The head's widths are P / 3 and
     P / 12, as in the official network.
 
     Args:
-        unet: whose taps it will read.
-        tap_kind: which of them.
+        unet: UNet whose taps it will read.
+        tap_kind: kind of the taps that it reads.
         condition: name of what it will read there, which says how readings and control maps are compared.
         **sizes: any field of ``ProbeConfig``, in place of the above.
 
@@ -74,8 +74,9 @@ class ProbeTask(Task):
         models: the base model, shared and never changed.
         condition: what the control maps show; extracts those that the data lack.
         controlnet: runs before the UNet in a part of the batches; None: the plain UNet always.
-        control_share: that part.
-        balanced: weigh background and the rest alike (Readout Guidance, for sparse edges), instead of plain MSE.
+        control_share: share of the batches in which the ControlNet runs.
+        balanced: whether to weigh background and the rest alike (Readout Guidance, for sparse edges), instead of plain
+            MSE.
         text_dropout: probability that a sample's prompt is the empty one.
 
     Raises:
@@ -109,7 +110,7 @@ class ProbeTask(Task):
         self._text_dropout = text_dropout
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """``loss``, and the mean squared error of the samples of each timestep bin, as ``t000-099``, in the batch."""
+        """Return ``loss``, and the mean squared error of the batch's samples in each timestep bin, as ``t000-099``."""
         frozen, models, probe = self._frozen, self._frozen.models, self.probe
         frozen.to(self.device)
         attached = float(torch.rand((), generator=generator)) < self._control_share
@@ -125,7 +126,7 @@ class ProbeTask(Task):
         return {"loss": loss, **_by_bin(errors.detach(), sample.host_timesteps, models.steps)}
 
     def settings(self) -> dict[str, Any]:
-        """The probe's config, how it is trained, and frozen weights."""
+        """Return the probe's config, how it is trained, and frozen weights."""
         values = {
             "probe": self.probe.config.to_dict(),
             "condition": {"name": self._condition.name, **asdict(self._condition)},
@@ -142,7 +143,7 @@ class ProbeTask(Task):
 
 
 def _by_bin(errors: Tensor, timesteps: Tensor, steps: int) -> dict[str, Tensor]:
-    """Mean of ``errors`` ``[B]`` for each tenth of the schedule that ``timesteps`` ``[B]``, on the CPU, fall into."""
+    """Average ``errors`` ``[B]`` for each tenth of the schedule that ``timesteps`` ``[B]``, on the CPU, fall into."""
     bins = timesteps * BINS // steps
     present = bins.unique()
     # One product with weights made on the CPU: picking samples out on a GPU would wait for it, once a bin.

@@ -32,10 +32,10 @@ class ValidationConfig:
 
     Attributes:
         data: where prompts and control maps come from, as the training data's ``source``; None: the training data.
-        count: how many of them, the first ones.
-        steps: sampling steps (UniPC).
+        count: how many pictures are drawn, for the first prompts.
+        steps: number of sampling steps (UniPC).
         guidance: classifier-free guidance scale.
-        seed: of the first picture; each further one has the next.
+        seed: seed of the first picture; each further one has the next.
 
     Raises:
         UsageError: a value is out of range; all faults are listed.
@@ -48,7 +48,7 @@ class ValidationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
+        """Check the ranges."""
         limits = {"count": 1, "steps": 1, "guidance": 0, "seed": 0}
         if faults := [
             f"{name} is {getattr(self, name)}, expected {low} or more"
@@ -59,10 +59,10 @@ class ValidationConfig:
 
 
 def first_pictures(data: DataConfig, models: BaseModels, condition: Condition, count: int) -> dict[str, Any]:
-    """The first ``count`` good pictures of a data set in one batch, with control maps and ``captions``.
+    """Return the first ``count`` good pictures of a data set in one batch, with control maps and ``captions``.
 
     Raises:
-        UsageError: there is none, or the data set cannot be opened.
+        UsageError: there is no good picture, or the data set cannot be opened.
     """
     found = list(itertools.islice(records(data), count))
     batch: dict[str, Any] = {
@@ -117,7 +117,7 @@ class Validation:
             return {}
 
     def _draw(self, controlnet: ControlNetModel) -> Tensor:
-        """Pictures float32 ``[n,3,H,W]`` in [0,1] on the CPU."""
+        """Return pictures float32 ``[n,3,H,W]`` in [0,1] on the CPU."""
         models, config = self._models, self._config
         pipe = eager_pipeline(
             unet=models.unet,
