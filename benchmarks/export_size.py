@@ -44,12 +44,12 @@ VAE_CONFIG = {"block_out_channels": (128, 256, 512, 512)}
 
 
 def sd15_unet() -> UNet2DConditionModel:
-    """Stable Diffusion 1.5's UNet: 859.5 M parameters."""
+    """Return Stable Diffusion 1.5's UNet: 859.5 M parameters."""
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
 
 
 def sd15_text_encoder() -> Any:
-    """Stable Diffusion 1.5's text encoder, that of CLIP ViT-L/14: 123.1 M parameters."""
+    """Return Stable Diffusion 1.5's text encoder, that of CLIP ViT-L/14: 123.1 M parameters."""
     config = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, hidden_act="quick_gelu"
     )
@@ -57,7 +57,7 @@ def sd15_text_encoder() -> Any:
 
 
 def sd15_vae() -> AutoencoderKL:
-    """Stable Diffusion 1.5's autoencoder: 83.7 M parameters, 49.5 M of them in the decoder."""
+    """Return Stable Diffusion 1.5's autoencoder: 83.7 M parameters, 49.5 M of them in the decoder."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -69,7 +69,7 @@ def sd15_vae() -> AutoencoderKL:
 
 
 def sd15_graph(name: str, dtype: torch.dtype) -> Graph:
-    """One graph of the size of SD 1.5 with random weights; zero convolutions are not left at zero."""
+    """Return one graph of the size of SD 1.5 with random weights; zero convolutions are not left at zero."""
     torch.manual_seed(0)
     if name == "text_encoder":
         return text_encoder_graph(sd15_text_encoder().to(dtype).eval(), dtype)
@@ -92,7 +92,7 @@ def sd15_graph(name: str, dtype: torch.dtype) -> Graph:
 
 
 def peak_bytes() -> int:
-    """Largest resident size of this process since the last ``forget_peak``; Linux only."""
+    """Return the largest resident size of this process since the last ``forget_peak``; Linux only."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
 
@@ -142,7 +142,7 @@ def measure(name: str, dtype: str, opset: int, dynamic: bool) -> dict[str, Any]:
 
 
 def sd15_unet_config() -> dict[str, Any]:
-    """What ``size_multiple`` needs of the UNet's config."""
+    """Return what ``size_multiple`` needs of the UNet's config."""
     return {"block_out_channels": (320, 640, 1280, 1280)}
 
 

@@ -37,7 +37,7 @@ FAILED, USAGE = 1, 2
 
 
 def summary(merged: dict[str, Any]) -> str:
-    """The result for people."""
+    """Return the result for people."""
     lines = [f"{merged['gpu']}, driver {merged['driver']}, commit {merged['commit']}, sources {merged['sources']}"]
     for name, result in merged["phases"].items():
         lines.append(f"{name:16} {result['status']:14} {result['seconds']:6.1f} s  {result['error']}".rstrip())
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, phases: Sequence[Phase] = PHASE
 
 
 def _problem(output: Path, resume: bool, device: str, minutes: float) -> str:
-    """Why the suite cannot begin; empty if it can."""
+    """Return why the suite cannot begin; empty if it can."""
     if minutes <= 0:
         return f"--minutes {minutes:g}: give a positive number."
     if output.is_dir() and any(output.glob("*.json")) and not resume:
@@ -88,7 +88,7 @@ def _problem(output: Path, resume: bool, device: str, minutes: float) -> str:
 
 
 def _has_gpu() -> bool:
-    """Whether torch sees a GPU, in another process: this one holds no context on it while the phases measure."""
+    """Tell whether torch sees a GPU, in another process: this one holds no context on it while the phases measure."""
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603  fixed arguments
 

@@ -53,7 +53,7 @@ def write_prediction(name: str, folder: Path) -> list[Path]:
 
 
 def line(row: Row) -> str:
-    """One row for people."""
+    """Return one row for people."""
     what = f"{row.name:24} {row.provider:40} {row.case:60} {row.metric:16}"
     return f"{what} {row.p50:10.2f} {row.unit} ({row.p20:.2f} to {row.p80:.2f}, n={row.n})\n"
 

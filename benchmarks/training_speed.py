@@ -62,7 +62,7 @@ def make_data(folder: Path) -> None:
 
 
 def ours(models: BaseModels, data: Path, batch: int, updates: int, precision: str) -> float:
-    """Pictures a second of our loop, data loading and log included."""
+    """Return pictures a second of our loop, data loading and log included."""
     batches = open_data(DataConfig(str(data), control_column="control", resolution=SIZE), models.tokenize, batch)
     torch.manual_seed(0)
     task = ControlNetTask(new_controlnet(models), models, LossConfig(), condition=conditions.get("canny"))
@@ -75,7 +75,7 @@ def ours(models: BaseModels, data: Path, batch: int, updates: int, precision: st
 
 
 def theirs(models: BaseModels, data: Path, batch: int, updates: int, precision: str) -> float:
-    """Pictures a second of the example's loop, data loading included."""
+    """Return pictures a second of the example's loop, data loading included."""
     accelerator = Accelerator(mixed_precision=precision)
     torch.manual_seed(0)
     controlnet = new_controlnet(models)

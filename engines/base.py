@@ -19,9 +19,9 @@ class TensorSpec:
     """One input or output of a graph.
 
     Attributes:
-        name: Name in the graph.
-        dtype: Exact element type.
-        shape: One entry an axis: an int is a fixed size, a str the symbol of a free one (``"batch"``, ``"2*height"``).
+        name: name in the graph.
+        dtype: exact element type.
+        shape: one entry an axis: an int is a fixed size, a str the symbol of a free one (``"batch"``, ``"2*height"``).
             Equal symbols are equal sizes.
     """
 
@@ -39,12 +39,12 @@ class Availability:
     """Whether a backend can be used here.
 
     Attributes:
-        usable: It can run on at least one device.
-        version: Of the library behind it; None if that is not installed.
-        reason: Why it, or one of its devices, is not usable; empty if nothing is missing.
-        fix: What to do about ``reason``; empty if nothing is missing.
-        devices: Usable device types, e.g. ``("cpu", "cuda")``.
-        cross_builds: It can build engines here for a device that this machine does not have.
+        usable: it can run on at least one device.
+        version: of the library behind it; None if that is not installed.
+        reason: why it, or one of its devices, is not usable; empty if nothing is missing.
+        fix: what to do about ``reason``; empty if nothing is missing.
+        devices: usable device types, e.g. ``("cpu", "cuda")``.
+        cross_builds: it can build engines here for a device that this machine does not have.
     """
 
     usable: bool
@@ -64,11 +64,11 @@ class Engine(Protocol):
     """Something that runs one graph on one device.
 
     Attributes:
-        name: Of the graph, for messages.
+        name: of the graph, for messages.
         backend: name of the backend, as the user writes it.
-        device: Where inputs must lie and outputs will lie.
-        inputs: Specs of all inputs; every call needs all of them.
-        outputs: Specs of all outputs.
+        device: where inputs must lie and outputs will lie.
+        inputs: specs of all inputs; every call needs all of them.
+        outputs: specs of all outputs.
     """
 
     name: str
@@ -81,15 +81,15 @@ class Engine(Protocol):
         """Run the graph once.
 
         Args:
-            inputs: One tensor for every input spec, on ``device``, of exactly the spec's dtype. Any strides.
-            outputs: Names wanted; None means all. Backends skip the work that only other outputs need, if they can.
+            inputs: one tensor for every input spec, on ``device``, of exactly the spec's dtype. Any strides.
+            outputs: names wanted; None means all. Backends skip the work that only other outputs need, if they can.
 
         Returns:
             The wanted outputs in the wanted order, on ``device``. The caller owns them: no later call changes them.
 
         Raises:
-            ShapeError: If the inputs do not fit; the message lists every problem.
-            EngineError: If an unknown output is wanted, the engine is closed, or the backend fails.
+            ShapeError: if the inputs do not fit; the message lists every problem.
+            EngineError: if an unknown output is wanted, the engine is closed, or the backend fails.
         """
         ...
 
@@ -110,7 +110,7 @@ def require_device(backend: str, availability: Availability, device_type: str) -
     """Refuse a device that a backend cannot use.
 
     Raises:
-        BackendUnavailableError: With the reason and the fix of ``availability``.
+        BackendUnavailableError: with the reason and the fix of ``availability``.
     """
     if device_type in availability.devices:
         return
@@ -128,7 +128,7 @@ def check_inputs(engine: Engine, inputs: Mapping[str, Tensor]) -> tuple[Tensor, 
         The tensors themselves, in the order of ``engine.inputs``.
 
     Raises:
-        ShapeError: Listing every missing or unexpected name, wrong dtype, device, rank or size, and every symbol
+        ShapeError: listing every missing or unexpected name, wrong dtype, device, rank or size, and every symbol
             that would have two sizes.
     """
     known = {spec.name for spec in engine.inputs}
@@ -147,10 +147,10 @@ def check_inputs(engine: Engine, inputs: Mapping[str, Tensor]) -> tuple[Tensor, 
 
 
 def select_outputs(engine: Engine, names: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the outputs to compute: all for None, else ``names`` without repetitions.
+    """Return the names of the outputs to compute: all for None, else ``names`` without repetitions.
 
     Raises:
-        EngineError: If a name is unknown or the list is empty.
+        EngineError: if a name is unknown or the list is empty.
     """
     known = tuple(spec.name for spec in engine.outputs)
     if names is None:
@@ -165,7 +165,7 @@ def select_outputs(engine: Engine, names: Sequence[str] | None) -> tuple[str, ..
 
 
 def _misfits(spec: TensorSpec, tensor: Tensor, device: torch.device, sizes: dict[str, tuple[int, str]]) -> list[str]:
-    """Problems of one input; ``sizes`` (symbol -> size, first input that had it) is filled on the way."""
+    """Return problems of one input; ``sizes`` (symbol -> size, first input that had it) is filled on the way."""
     problems = []
     if tensor.dtype != spec.dtype:
         problems.append(f"{spec.name}: dtype {_dtype_name(tensor.dtype)}, expected {_dtype_name(spec.dtype)}")

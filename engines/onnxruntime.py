@@ -31,7 +31,7 @@ _NUMPY = dict(_DTYPES.values())
 
 
 def check() -> Availability:
-    """Whether ONNX Runtime imports, and on which devices it can share memory with torch. Never raises."""
+    """Tell whether ONNX Runtime imports, and on which devices it can share memory with torch. Never raises."""
     try:
         import onnxruntime
 
@@ -57,14 +57,14 @@ class OnnxRuntimeEngine:
     on the shapes of the inputs: it is learned at the first call with these shapes (which copies the output once).
 
     Args:
-        name: Of the graph.
-        path: The ONNX file; its external data, if any, lies beside it.
+        name: of the graph.
+        path: the ONNX file; its external data, if any, lies beside it.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<i>"``.
         threads: CPU threads within an operator; None leaves the choice to ONNX Runtime.
 
     Raises:
-        BackendUnavailableError: If ONNX Runtime or the device cannot be used. There is no fallback to another device.
-        EngineError: If the file is missing, damaged, or has a tensor type that torch does not share.
+        BackendUnavailableError: if ONNX Runtime or the device cannot be used. There is no fallback to another device.
+        EngineError: if the file is missing, damaged, or has a tensor type that torch does not share.
     """
 
     backend = "onnxruntime"

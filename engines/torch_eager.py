@@ -13,7 +13,7 @@ from engines.errors import EngineError
 
 
 def check() -> Availability:
-    """Which devices this torch can use."""
+    """Return which devices this torch can use."""
     version = str(torch.__version__)
     if torch.cuda.is_available():
         return Availability(True, version, "", "", ("cpu", "cuda"))
@@ -30,15 +30,15 @@ class TorchEngine:
     """Runs an ``nn.Module`` under ``torch.inference_mode``.
 
     Args:
-        name: Of the graph.
-        module: Called with the inputs by position, in the order of ``inputs``; returns a tuple of tensors in the order
+        name: of the graph.
+        module: called with the inputs by position, in the order of ``inputs``; returns a tuple of tensors in the order
             of ``outputs``. Put into evaluation mode, and not copied.
-        inputs: Specs of the inputs.
-        outputs: Specs of the outputs.
-        device: Where the module's parameters and buffers already are.
+        inputs: specs of the inputs.
+        outputs: specs of the outputs.
+        device: where the module's parameters and buffers already are.
 
     Raises:
-        EngineError: If a parameter or buffer is on another device.
+        EngineError: if a parameter or buffer is on another device.
     """
 
     backend = "torch"

@@ -83,7 +83,7 @@ class ControlNetOptions:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        """Checks the range."""
+        """Check the range."""
         _check_shares(text_dropout=self.text_dropout)
 
 
@@ -120,7 +120,7 @@ class ProbeOptions:
     leak_pictures: int = 32
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
+        """Check the ranges."""
         _check_shares(control_share=self.control_share, text_dropout=self.text_dropout)
 
     @property
@@ -162,7 +162,7 @@ class ProbeRun:
 
 
 def controlnet_run(file: Path | None, options: Tables) -> ControlNetRun:
-    """The settings of ``train controlnet``.
+    """Return the settings of ``train controlnet``.
 
     Args:
         file: TOML file, or None.
@@ -188,7 +188,7 @@ def controlnet_run(file: Path | None, options: Tables) -> ControlNetRun:
 
 
 def probe_run(file: Path | None, options: Tables) -> ProbeRun:
-    """The settings of ``train probe``; as `controlnet_run`."""
+    """Return the settings of ``train probe``; as `controlnet_run`."""
     tables = merge({"training": dict(PROBE_TRAINING)}, merge(_read(file), options))
     _condition(tables)
     checked = _Checked(tables, (*_COMMON, "probe"))
@@ -198,7 +198,7 @@ def probe_run(file: Path | None, options: Tables) -> ProbeRun:
 
 
 def assignments(texts: Sequence[str]) -> Tables:
-    """What ``--set SECTION.KEY=VALUE`` says; values are TOML's, or else text.
+    """Return what ``--set SECTION.KEY=VALUE`` says; values are TOML's, or else text.
 
     Raises:
         UsageError: a text of another form.
@@ -295,7 +295,7 @@ class _Checked:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """``value``, as TOML gives it, in the type of a field.
+    """Return ``value``, as TOML gives it, in the type of a field.
 
     Raises:
         TypeError: it has another one.
@@ -326,7 +326,7 @@ def _convert_union(value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def _words(hint: Any) -> str:
-    """A type in a user's words."""
+    """Return a type in a user's words."""
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_words, choices)))

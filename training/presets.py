@@ -19,13 +19,13 @@ class Preset:
     """One recipe.
 
     Attributes:
-        loss: Its losses.
-        training: Of `training.loop.config.TrainerConfig`. Batch size and accumulation are for each of eight GPUs.
+        loss: its losses.
+        training: of `training.loop.config.TrainerConfig`. Batch size and accumulation are for each of eight GPUs.
         start: Hub id of the ControlNet that it starts from.
-        reward_model: What the publication rewards with: a hub id (depth) or the file's name (hed, lineart); None: no
+        reward_model: what the publication rewards with: a hub id (depth) or the file's name (hed, lineart); None: no
             network, or no reward.
-        reconstructed: Names among ``loss``'s fields and ``start`` that are reconstructed.
-        notes: Where the values come from, and why some are reconstructed.
+        reconstructed: names among ``loss``'s fields and ``start`` that are reconstructed.
+        notes: where the values come from, and why some are reconstructed.
     """
 
     loss: LossConfig
@@ -131,19 +131,19 @@ _PRESETS = {"innercontrol": _innercontrol, "controlnet++": _controlnet_pp, FINET
 
 
 def names() -> tuple[str, ...]:
-    """The names that `preset` takes."""
+    """Return the names that `preset` takes."""
     return tuple(_PRESETS)
 
 
 def preset(name: str, cond: str) -> Preset:
-    """The recipe of a method for a condition.
+    """Return the recipe of a method for a condition.
 
     Args:
-        name: One of `names`.
+        name: one of `names`.
         cond: name of the condition.
 
     Raises:
-        UsageError: The name is unknown, or nothing is published of it for this condition.
+        UsageError: the name is unknown, or nothing is published of it for this condition.
     """
     if name not in _PRESETS:
         raise UsageError(f"There is no preset {name!r}. Known presets: {', '.join(_PRESETS)}.")

@@ -152,7 +152,7 @@ def _begin(run: ControlNetRun | ProbeRun, output: Path) -> _Setup:
 
 
 def _part(model: ModelConfig, part: str, given: str | None) -> Path | None:
-    """Folder of a ControlNet or probe: as given, or the base model's own for the condition, or None."""
+    """Return the folder of a ControlNet or probe: as given, or the base model's own for the condition, or None."""
     if given:
         return loading.locate(given)
     folder = loading.find_base(model.base)[0] / f"{part}-{model.cond}"
@@ -160,7 +160,7 @@ def _part(model: ModelConfig, part: str, given: str | None) -> Path | None:
 
 
 def _aligning_probe(run: ControlNetRun) -> tuple[InnerControlProbe, str]:
-    """The probe that the alignment reads with, and where it comes from."""
+    """Return the probe that the alignment reads with, and where it comes from."""
     folder = _part(run.model, "probe", run.model.probe)
     if folder is None:
         raise UsageError(
@@ -171,7 +171,7 @@ def _aligning_probe(run: ControlNetRun) -> tuple[InnerControlProbe, str]:
 
 
 def _starting_controlnet(run: ControlNetRun, models: BaseModels) -> tuple[ControlNetModel, str]:
-    """The ControlNet that is trained, and where it comes from."""
+    """Return the ControlNet that is trained, and where it comes from."""
     given = run.model.controlnet
     if given in _NO_CONTROLNET:
         return new_controlnet(models), "a copy of the UNet's encoder"
@@ -253,7 +253,7 @@ def _train(task: Task, setup: _Setup, resume: bool, dry_run: bool) -> dict[str, 
 
 
 def _leak(setup: _Setup, options: ProbeOptions, controlnet: ControlNetModel | None) -> list[dict[str, float]]:
-    """The leak test of the finished probe, also in ``leak.json``; no rows if it cannot be made."""
+    """Return the leak test of the finished probe, also in ``leak.json``; no rows if it cannot be made."""
     models, condition = setup.models, setup.run.condition
     data = _of(setup.data, options.leak_data)
     pictures = first_pictures(data, models, condition, options.leak_pictures)
@@ -275,6 +275,6 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 
 
 def _command(arguments: list[str], model: ModelConfig) -> str:
-    """A command line of icexport with the base model that this one had."""
+    """Return a command line of icexport with the base model that this one had."""
     base = [] if model.base == loading.REFERENCE else ["--model", model.base]
     return shlex.join(["icexport", *arguments, *base])

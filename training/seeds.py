@@ -8,7 +8,7 @@ _WORD = 1 << 32
 
 
 def mix_seed(seed: int, index: int) -> int:
-    """A seed of 32 bits for the ``index``-th random stream of a run.
+    """Return a seed of 32 bits for the ``index``-th random stream of a run.
 
     torch's generator for the CPU uses the lower 32 bits of a seed and drops the rest, so packing several numbers into
     one of 64 bits loses some of them. Every step here is a bijection of 32 bits: a run repeats no stream in 2**32, and

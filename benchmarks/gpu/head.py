@@ -15,12 +15,12 @@ TINY_LEVELS = ((32, 2), (16, 1))
 
 
 def levels(small: bool = False) -> tuple[tuple[int, int], ...]:
-    """(channels, downsampling) of every tap; ``small``: for a dry run on a CPU."""
+    """Return (channels, downsampling) of every tap; ``small``: for a dry run on a CPU."""
     return tuple(level for level in (TINY_LEVELS if small else LEVELS) for _ in range(TAPS_PER_LEVEL))
 
 
 def probe(device: str | torch.device, dtype: torch.dtype, small: bool = False) -> InnerControlProbe:
-    """A probe with random weights."""
+    """Return a probe with random weights."""
     dims = tuple(channels for channels, _ in levels(small))
     config = ProbeConfig(dims, projection_dim=64, num_groups=8) if small else ProbeConfig(dims)
     torch.manual_seed(0)

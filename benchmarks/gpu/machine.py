@@ -13,7 +13,7 @@ _PACKAGES = ("benchmarks", "engines", "icexport")
 
 
 def version_of(package: str) -> str:
-    """Version of a package, or ``not installed``."""
+    """Return the version of a package, or ``not installed``."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -21,13 +21,13 @@ def version_of(package: str) -> str:
 
 
 def driver_version() -> str:
-    """Version of NVIDIA's driver, or ``none``."""
+    """Return the version of NVIDIA's driver, or ``none``."""
     program = shutil.which("nvidia-smi")
     return (_output(program, "--query-gpu=driver_version", "--format=csv,noheader") if program else "") or "none"
 
 
 def checkout() -> tuple[str, bool | None]:
-    """Commit of these sources and whether they differ from it; ("unknown", None) outside of a checkout."""
+    """Return the commit of these sources and whether they differ from it; ("unknown", None) outside of a checkout."""
     git = shutil.which("git")
     commit = _output(git, "-C", str(ROOT), "rev-parse", "HEAD") if git and (ROOT / ".git").exists() else ""
     if not git or not commit:

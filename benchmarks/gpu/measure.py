@@ -25,7 +25,7 @@ _REPEATS = 50
 
 
 def kernel_cases(bench: Bench) -> Iterator[tuple[KernelSpec, Case]]:
-    """Every large case; on a CPU one small case of each operator."""
+    """Yield every large case; on a CPU one small case of each operator."""
     for spec in SPECS.values():
         for case in spec.cases if bench.cuda else spec.cases[:1]:
             if case.large or not bench.cuda:
@@ -33,7 +33,7 @@ def kernel_cases(bench: Bench) -> Iterator[tuple[KernelSpec, Case]]:
 
 
 def kernel_calls(spec: KernelSpec, case: Case, bench: Bench) -> dict[str, Call]:
-    """What is to be timed for one case in float16 (fidelity_reduce: float32), by provider."""
+    """Return what is to be timed for one case in float16 (fidelity_reduce: float32), by provider."""
     arguments = _arguments(spec, case, bench)
     found: dict[str, Call] = {"torch-eager": partial(spec.reference, *arguments)}
     if bench.cuda:
@@ -55,7 +55,7 @@ def _arguments(spec: KernelSpec, case: Case, bench: Bench) -> tuple[Any, ...]:
 
 
 def _official(spec: KernelSpec, case: Case, arguments: tuple[Any, ...]) -> Call | None:
-    """The same part of the official head; None where it does what eager torch does.
+    """Return the same part of the official head; None where it does what eager torch does.
 
     The official head resizes the tap, so that its two first convolutions and both GroupNorms run at full size.
     """
@@ -80,7 +80,7 @@ def _official(spec: KernelSpec, case: Case, arguments: tuple[Any, ...]) -> Call 
 def kernel_rows(
     spec: KernelSpec, case: Case, provider: str, call: Call, bench: Bench, limits: Ceilings
 ) -> Iterator[Row]:
-    """Times in CUDA graphs, and what the time from memory is in traffic and arithmetic of the operator.
+    """Yield times in CUDA graphs, and what the time from memory is in traffic and arithmetic of the operator.
 
     ``time`` is of one of many calls in a graph: inputs and outputs are in the L2 cache, as they are in the head.
     ``time from memory`` is of a single call after a flush, with the few microseconds that any graph takes to start.
@@ -99,7 +99,7 @@ def kernel_rows(
 
 
 def head_calls(bench: Bench) -> dict[str, Call]:
-    """The whole head in float16 at the size of Stable Diffusion 1.5, by provider; tiny and float32 on a CPU."""
+    """Return the whole head in float16 at the size of Stable Diffusion 1.5, by provider; tiny and float32 on a CPU."""
     small, dtype = not bench.cuda, torch.float16 if bench.cuda else torch.float32
     probe = head.probe(bench.device, dtype, small)
     taps, embedding = head.inputs(bench.device, dtype, 8 if small else 64, small=small)
@@ -115,7 +115,7 @@ def head_calls(bench: Bench) -> dict[str, Call]:
 
 
 def head_rows(bench: Bench) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Name and measurement of every way to run the head: launched by Python, and as a CUDA graph."""
+    """Yield the name and measurement of every way to run the head: launched by Python, and as a CUDA graph."""
     case = "SD 1.5, 9 taps, B1, 64x64" if bench.cuda else "tiny"
     for name, call in head_calls(bench).items():
         for provider, graphed in ((name, False), (f"{name}, CUDA graph", True)):
@@ -128,7 +128,7 @@ def head_rows(bench: Bench) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 
 def head_goals(times: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """The goals of the head that its times (provider -> seconds, or any one unit) decide."""
+    """Return the goals of the head that its times (provider -> seconds, or any one unit) decide."""
     fused = times.get("fused, CUDA graph")
     goals: dict[str, dict[str, Any]] = {}
     for other, least in (
@@ -142,17 +142,17 @@ def head_goals(times: Mapping[str, float]) -> dict[str, dict[str, Any]]:
 
 
 def at_least(value: float, least: float) -> dict[str, Any]:
-    """A goal that is met from ``least`` on."""
+    """Return a goal that is met from ``least`` on."""
     return {"value": value, "at_least": least, "met": value >= least}
 
 
 def at_most(value: float, most: float) -> dict[str, Any]:
-    """A goal that is met up to ``most``."""
+    """Return a goal that is met up to ``most``."""
     return {"value": value, "at_most": most, "met": value <= most}
 
 
 def ceiling_rows(bench: Bench, limits: Ceilings) -> Iterator[Row]:
-    """The ceilings themselves."""
+    """Yield the ceilings themselves."""
     for provider, metric, unit, spread, factor in (
         ("copy", "bandwidth", "GB/s", limits.copy, 1e-9),
         ("matmul float16", "rate", "TFLOP/s", limits.matmul, 1e-12),

@@ -113,7 +113,7 @@ def _exact() -> AbstractContextManager[None]:
 
 
 def _parity(bundle: Bundle, backend: str, device: str) -> dict[str, Any]:
-    """What ``icexport verify`` finds, passed or not: by graph and output."""
+    """Return what ``icexport verify`` finds, passed or not: by graph and output."""
     try:
         results = icexport.verify(bundle, backend=backend, device=device)
     except ParityError as error:
@@ -123,7 +123,7 @@ def _parity(bundle: Bundle, backend: str, device: str) -> dict[str, Any]:
 
 
 def _diffusers(device: str) -> Any:
-    """Diffusers' own pipeline on the reference model in float32."""
+    """Return diffusers' own pipeline on the reference model in float32."""
     folder = icexport.reference_path()
     return StableDiffusionControlNetPipeline.from_pretrained(
         folder,
@@ -139,7 +139,7 @@ def _pipeline(backend: str, context: Context, cuda_graph: bool = False) -> Any:
 
 
 def _draw(pipe: Any, pictures: int) -> tuple[Tensor, Tensor]:
-    """Pictures ``[N,3,H,W]`` of so many seeds, one a call, and their control scores ``[N]``."""
+    """Return pictures ``[N,3,H,W]`` of so many seeds, one a call, and their control scores ``[N]``."""
     pipe.set_progress_bar_config(disable=True)
     condition = conditions.get("canny")
     with Image.open(_CONTROL) as picture:
@@ -216,7 +216,7 @@ def _replay_head(device: str) -> dict[str, Any]:
 
 
 def _same_bits(plain: dict[str, Tensor], replays: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """What a report says of replays.
+    """Return what a report says of replays.
 
     Raises:
         ValueError: if two replays differ.

@@ -38,7 +38,7 @@ class OfficialHead(nn.Module):
 
     @classmethod
     def of(cls, probe: InnerControlProbe) -> OfficialHead:
-        """The same network with the weights, dtype and device of a probe."""
+        """Return the same network with the weights, dtype and device of a probe."""
         head = cls(probe.config).to(probe.mixing_weights)
         head.load_state_dict(to_official(probe))
         return head.eval()

@@ -86,7 +86,7 @@ class Operation:
     vector_flops: int
 
     def floor(self, device: Device) -> float:
-        """Least seconds."""
+        """Return the least seconds."""
         return max(
             self.bytes / device.bandwidth,
             self.matrix_flops / device.matrix_rate,
@@ -128,7 +128,7 @@ def _operation(name: str, args: tuple[Any, ...], out: Any) -> Operation:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Memory behind a tensor: what was expanded is there only once."""
+    """Return memory behind a tensor: what was expanded is there only once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return tensor.element_size() * math.prod(sizes)
 
@@ -171,7 +171,7 @@ def _counted(found: list[Operation]) -> Iterator[None]:
 
 
 def operations(latent: int = 64, batch: int = 1) -> dict[str, list[Operation]]:
-    """Operators of the head in float16, by formulation: ``official``, ``reordered`` and ``fused``."""
+    """Return the operators of the head in float16, by formulation: ``official``, ``reordered`` and ``fused``."""
     probe = head.probe("meta", torch.float16)
     taps, embedding = head.inputs("meta", torch.float16, latent, batch)
     found: dict[str, list[Operation]] = {}
@@ -183,7 +183,7 @@ def operations(latent: int = 64, batch: int = 1) -> dict[str, list[Operation]]:
 
 
 def predict(device: Device) -> dict[str, Any]:
-    """All numbers, in SI units but for names that say otherwise."""
+    """Return all numbers, in SI units but for names that say otherwise."""
     found = operations()
     fidelity, case = SPECS["fidelity_reduce"], Case(1, (3, 64, 64), (3, 512, 512))
     check = Operation(fidelity.name, "B1 3x64x64 3x512x512", fidelity.traffic_bytes(case, 4), 0, fidelity.flops(case))
@@ -231,7 +231,7 @@ def _total(ops: Sequence[Operation], device: Device) -> dict[str, Any]:
 
 
 def markdown(prediction: dict[str, Any]) -> str:
-    """The tables for people."""
+    """Return the tables for people."""
     device = prediction["device"]
     lines = [
         f"# {prediction['title']}",

@@ -49,7 +49,7 @@ class Models:
     inputs: dict[str, Tensor]
 
     def diffusers(self, controlnet: Any, unet: Any) -> Tensor:
-        """A step as diffusers' pipeline makes it."""
+        """Return a step as diffusers' pipeline makes it."""
         common = {"encoder_hidden_states": self.inputs["prompt_embeds"], "return_dict": False}
         where = self.inputs["sample"], self.inputs["timestep"]
         down, mid = controlnet(*where, controlnet_cond=self.inputs["control_map"], **common)
@@ -59,7 +59,7 @@ class Models:
         return noise
 
     def unet_alone(self) -> Tensor:
-        """A step without a ControlNet."""
+        """Return a step without a ControlNet."""
         noise: Tensor = self.unet(
             self.inputs["sample"],
             self.inputs["timestep"],
@@ -107,13 +107,13 @@ def _tiny_unet() -> UNet2DConditionModel:
 
 
 def engine_step(controlnet: Engine, unet: Engine, inputs: dict[str, Tensor]) -> Tensor:
-    """A step through two engines."""
+    """Return a step through two engines."""
     shared = {name: inputs[name] for name in ("sample", "timestep", "prompt_embeds")}
     return unet({**shared, **controlnet(inputs)}, ["noise_pred"])["noise_pred"]
 
 
 def graphed_step(graphs: StepGraphs, inputs: dict[str, Tensor]) -> Tensor:
-    """A step through two engines as ``InnerControlPipeline(cuda_graph=True)`` makes it."""
+    """Return a step through two engines as ``InnerControlPipeline(cuda_graph=True)`` makes it."""
     shared = {name: inputs[name] for name in ("sample", "timestep", "prompt_embeds")}
     return graphs(shared, Deferred(inputs), ["noise_pred"])["noise_pred"]
 
@@ -227,7 +227,7 @@ def _exported(backend: str, graphed: bool, context: Context) -> Callable[[], obj
 
 
 def _exported_engine(name: str, backend: str, context: Context) -> Engine:
-    """One graph, exported and built at the first call; later calls find the files."""
+    """Return one graph, exported and built at the first call; later calls find the files."""
     graph = sd15_graph(name, torch.float16)
     inputs, outputs = graph.inputs, graph.outputs
     side = SizeRange(512, 512, 512)

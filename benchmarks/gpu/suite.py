@@ -82,7 +82,7 @@ def run_suite(
 
 
 def done(path: Path, about: dict[str, Any]) -> bool:
-    """Whether a phase needs no other run: it went well, on the same device, with the same sources."""
+    """Tell whether a phase needs no other run: it went well, on the same device, with the same sources."""
     result = _read(path)
     return result.get("status") == OK and all(result.get(name) == value for name, value in about.items())
 
@@ -121,7 +121,7 @@ def run_phase(phase: Phase, path: Path, context: Context, about: dict[str, Any],
 
 
 def _spawn(phase: Phase, path: Path, context: Context, log: Path, limit: float, about: dict[str, Any]) -> int | None:
-    """Exit code of the phase's process, or None if it had to be stopped."""
+    """Return the exit code of the phase's process, or None if it had to be stopped."""
     command = [
         sys.executable,
         "-m",
@@ -148,7 +148,7 @@ def _spawn(phase: Phase, path: Path, context: Context, log: Path, limit: float, 
 
 
 def merge(phases: Sequence[Phase], output: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """One document of all results, written to ``<gpu>-<date>.json``."""
+    """Return one document of all results, written to ``<gpu>-<date>.json``."""
     results = {phase.name: found for phase in phases if (found := _read(output / f"{phase.name}.json"))}
     machine = results.get("environment", {}).get("items", [])
     values = {name: value for item in machine for name, value in item["values"].items()}
@@ -184,7 +184,7 @@ def merge(phases: Sequence[Phase], output: Path, about: dict[str, Any]) -> dict[
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A result; empty if there is none, or none that can be read."""
+    """Return a result; empty if there is none, or none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

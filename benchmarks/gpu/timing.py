@@ -72,7 +72,7 @@ class Spread:
     n: int
 
     def map(self, function: Callable[[float], float]) -> Spread:
-        """Quantiles of a monotonous function of the values."""
+        """Return quantiles of a monotonous function of the values."""
         p20, p80 = sorted((function(self.p20), function(self.p80)))
         return Spread(function(self.p50), p20, p80, self.n)
 
@@ -100,13 +100,13 @@ class Bench:
         self._recorder = CudaRecorder()
 
     def row(self, name: str, provider: str, case: str, metric: str, unit: str, spread: Spread) -> Row:
-        """A row with what is known of machine and code."""
+        """Return a row with what is known of machine and code."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         numbers = (spread.p50, spread.p20, spread.p80, spread.n)
         return Row(name, provider, case, metric, unit, *numbers, **self._about, timestamp=now)
 
     def seconds(self, call: Callable[[], object], *, flush: bool = True, least: int = _LEAST_CALLS) -> Spread:
-        """Time a call, each time from an empty L2 cache if ``flush``.
+        """Return the time a call, each time from an empty L2 cache if ``flush``.
 
         What the GPU waits for Python counts, except where the flush hides it: record short calls with ``graph`` first.
         """

@@ -102,7 +102,7 @@ def descend(op: str, start: LaunchConfig, time: Time) -> LaunchConfig:
 
 
 def rows(found: Sequence[Best]) -> list[dict[str, Any]]:
-    """Rows of a table; between two sizes that were measured, the nearer one (as a ratio) decides.
+    """Return rows of a table; between two sizes that were measured, the nearer one (as a ratio) decides.
 
     What was found for the widest elements is for wider ones too.
     """
@@ -140,7 +140,7 @@ def write(folder: Path, op: str, capability: int, table: list[dict[str, Any]]) -
 
 
 def tune(spec: KernelSpec, bench: Bench, progress: Callable[[str], None]) -> list[Best]:
-    """The best config for every size of problem among the large cases.
+    """Return the best config for every size of problem among the large cases.
 
     Raises:
         EngineError: if none runs, or the fastest one computes something wrong.
@@ -174,7 +174,7 @@ def chosen(choose: Callable[..., LaunchConfig]) -> Iterator[None]:
 
 
 def _looked_up(spec: KernelSpec, case: Case, dtype: torch.dtype, bench: Bench) -> tuple[int, int, LaunchConfig]:
-    """Size of the problem, bytes of an element and config that the kernel asks its table for."""
+    """Return the size of the problem, bytes of an element and config that the kernel asks its table for."""
     seen: list[tuple[int, int, LaunchConfig]] = []
     original = tuning.choose
 
@@ -188,7 +188,7 @@ def _looked_up(spec: KernelSpec, case: Case, dtype: torch.dtype, bench: Bench) -
 
 
 def _seconds(bench: Bench, calls: Sequence[Callable[[], torch.Tensor]], config: LaunchConfig) -> float:
-    """Geometric mean over the calls; infinite if the config does not fit the GPU."""
+    """Return the geometric mean over the calls; infinite if the config does not fit the GPU."""
     from triton.errors import TritonError
 
     try:

@@ -46,7 +46,7 @@ class Ptx:
 
 
 def signature(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
-    """Triton's types of a kernel's arguments: pointers (``*_ptr``) to one dtype, int32 scalars, constexprs.
+    """Return Triton's types of a kernel's arguments: pointers (``*_ptr``) to one dtype, int32 scalars, constexprs.
 
     Raises:
         ValueError: if the kernels do not take the dtype.
@@ -137,7 +137,7 @@ def strip_parameters(text: str, count: int) -> str:
 
 
 def _entry(text: str) -> tuple[int, int, str]:
-    """Start, end and text of the parameter list of the only entry."""
+    """Return the start, end and text of the parameter list of the only entry."""
     entries = list(re.finditer(r"\.entry\s+\w+\s*\(([^)]*)\)", text))
     if len(entries) != 1:
         raise EngineError(f"the PTX has {len(entries)} entries, expected 1.")

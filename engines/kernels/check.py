@@ -95,7 +95,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _deviation(result: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Largest and root mean square deviation; infinite instead of NaN."""
+    """Return the largest and root mean square deviation; infinite instead of NaN."""
     if result.shape != exact.shape:
         return float("inf"), float("inf")
     difference = (result.double() - exact).abs()

@@ -120,7 +120,7 @@ def register(module: Any, names: Sequence[str]) -> None:
 
 
 def kernel_hash() -> str:
-    """SHA-256 over what shapes a kernel: this package's code and tables, and the version of Triton.
+    """Return the SHA-256 over what shapes a kernel: this package's code and tables, and the version of Triton.
 
     The code that only tests and measures kernels does not count: a new test case leaves every plan as it is.
 
@@ -145,7 +145,7 @@ def kernel_hash() -> str:
 
 
 def choose_launch(name: str, call: Call) -> Launch:
-    """How the plugin of an operator is to launch its kernel for one node."""
+    """Return how the plugin of an operator is to launch its kernel for one node."""
     launch: Launch = _definition(name).launch(call)
     return launch
 
@@ -216,13 +216,13 @@ class _Plugin:
         api.aot_impl(plugin_id)(implement)
 
     def describe(self, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
-        """The result's descriptor."""
+        """Return the result's descriptor."""
         shapes = {name: tensor.shape_expr for name, tensor in zip(self.inputs, inputs, strict=True)}
         numbers = {name: value[0].item() for name, value in attributes.items()}
         return self.api.from_shape_expr(_definition(self.name).output_shape(shapes, numbers), inputs[0].dtype)
 
     def implement(self, inputs: Sequence[Any], attributes: Sequence[Any]) -> tuple[str, str, Any, Any]:
-        """Name of the kernel, its PTX, grid and blocks, and its int32 arguments."""
+        """Return the name of the kernel, its PTX, grid and blocks, and its int32 arguments."""
         call = self._call(inputs, attributes)
         launch = choose_launch(self.name, call)
         ptx = compile_kernel(self.name, call, launch)

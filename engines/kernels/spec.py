@@ -60,7 +60,7 @@ class Case:
     large: bool = False
 
     def __str__(self) -> str:
-        """Short name, unique among the cases of an operator."""
+        """Return the short name, unique among the cases of an operator."""
         sizes = ["x".join(map(str, size)) for size in (self.source, self.target)]
         marks = {"one_shift": not self.shift_per_sample, "plain_skip": not self.normalise_skip}
         details = [f"g{self.groups}+{self.first_channel}", *(mark for mark, applies in marks.items() if applies)]
@@ -102,7 +102,7 @@ class _Draw:
         self._generator = torch.Generator().manual_seed(_SEED)
 
     def map(self, size: Size) -> Tensor:
-        """``[B, *size]`` with the case's values and layout."""
+        """Return ``[B, *size]`` with the case's values and layout."""
         shape = (self._case.batch, *size)
         value = self._values(shape)
         if self._case.values == "outlier":
@@ -115,12 +115,12 @@ class _Draw:
         return value
 
     def unit_map(self, size: Size) -> Tensor:
-        """``[B, *size]`` in [0, 1]: noise, or 0 or 1 throughout, or zeros with a single 1."""
+        """Return ``[B, *size]`` in [0, 1]: noise, or 0 or 1 throughout, or zeros with a single 1."""
         value = self.map(size).abs()
         return value.clamp(max=1) if self._case.values != "randn" else value.frac()
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normally distributed values times ``scale``."""
+        """Return normally distributed values times ``scale``."""
         return (scale * torch.randn(shape, generator=self._generator)).to(self._device, self._dtype)
 
     def _values(self, shape: tuple[int, ...]) -> Tensor:
@@ -167,7 +167,7 @@ def _elements(size: Size) -> int:
 
 
 def _read(case: Case) -> int:
-    """Elements of the source that one sample needs."""
+    """Return elements of the source that one sample needs."""
     return case.target[0] * case.source[1] * case.source[2]
 
 
@@ -204,7 +204,7 @@ def _fidelity_traffic(case: Case, element: int) -> int:
 
 
 def _extremes(case: Case) -> tuple[Case, ...]:
-    """The case itself, with every other kind of values, and with every other layout."""
+    """Return the case itself, with every other kind of values, and with every other layout."""
     values: tuple[Values, ...] = ("zeros", "constant", "huge", "outlier")
     layouts: tuple[Layout, ...] = ("channels_last", "strided")
     return (

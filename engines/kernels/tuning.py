@@ -48,7 +48,7 @@ class LaunchConfig:
 
 
 def compiler_options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    """Options for Triton's compiler; the same at a launch and ahead of time, for the same machine code."""
+    """Return the options for Triton's compiler; the same at a launch and ahead of time, for the same machine code."""
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if num_warps >= _LARGE_PROGRAM:
         # All that one program can have. Else ptxas makes room for a second one, which spills registers.
@@ -66,7 +66,7 @@ def capability(tensor: Tensor) -> int | None:
 
 @cache
 def choose(op: str, capability: int | None, size: int, element_bytes: int) -> LaunchConfig:
-    """The configuration for a kernel launch.
+    """Return the configuration for a kernel launch.
 
     Args:
         op: name of the operator.

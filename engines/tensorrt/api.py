@@ -49,7 +49,7 @@ class Flavour:
         return self.name == "tensorrt-rtx"
 
     def supports(self, capability: int) -> bool:
-        """Whether it can run on a GPU of this compute capability (times ten: 89 is 8.9)."""
+        """Tell whether it can run on a GPU of this compute capability (times ten: 89 is 8.9)."""
         return capability in RTX_TARGETS if self.cross_builds else capability >= _CLASSIC_MINIMUM
 
 
@@ -81,7 +81,7 @@ def load(flavour: str) -> Any:
 
 
 def check(flavour: str) -> Availability:
-    """Whether a library can build and run here. Never raises.
+    """Tell whether a library can build and run here. Never raises.
 
     Classic TensorRT needs a GPU for both; TensorRT-RTX builds wherever it imports.
 
@@ -92,7 +92,7 @@ def check(flavour: str) -> Availability:
 
 
 def device_tag(flavour: str, targets: Sequence[int], device: str | torch.device | None) -> str:
-    """What a plan is tied to; part of its key.
+    """Return what a plan is tied to; part of its key.
 
     Args:
         flavour: key of ``FLAVOURS``.
@@ -145,7 +145,7 @@ def logger(module: Any, sink: Callable[[str, str], None]) -> Any:
 
 
 def driver_problem() -> str | None:
-    """Why there is no NVIDIA driver; None if there is one."""
+    """Return why there is no NVIDIA driver; None if there is one."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError as error:
@@ -154,7 +154,7 @@ def driver_problem() -> str | None:
 
 
 def _find(flavour: Flavour) -> tuple[Any | None, str | None, str, str]:
-    """Module and version; if the module is None, the reason and the fix."""
+    """Return the module and version; if the module is None, the reason and the fix."""
     install = f"Run: pip install '{flavour.install}>={flavour.minimum}'"
     try:
         module = importlib.import_module(flavour.module)
@@ -182,7 +182,7 @@ def _check(flavour: Flavour) -> Availability:
 
 
 def _missing_gpu() -> tuple[str, str] | None:
-    """Reason and fix if torch has no GPU to share memory with."""
+    """Return the reason and fix if torch has no GPU to share memory with."""
     import torch
 
     if torch.cuda.is_available():
@@ -199,7 +199,7 @@ def _missing_gpu() -> tuple[str, str] | None:
 
 
 def _refused_gpus(flavour: Flavour) -> tuple[str, str] | None:
-    """Reason and fix if the flavour takes none of the GPUs that torch sees."""
+    """Return the reason and fix if the flavour takes none of the GPUs that torch sees."""
     import torch
 
     found = [_capability(index) for index in range(torch.cuda.device_count())]

@@ -80,7 +80,7 @@ class _Journal:
             self.errors.append(text)
 
     def failure(self, what: str) -> EngineError:
-        """An error with the last things the library complained of, and the way out of those that are known."""
+        """Return an error with the last things the library complained of, and the way out of those that are known."""
         errors = [text for text in dict.fromkeys(self.errors) if _NOISE not in text] or self.errors
         said = "; ".join(errors[-_QUOTED:]) or "it gave no reason"
         return EngineError(f"{what}: {said.strip()}. {_way_out(said)}.")
@@ -316,7 +316,7 @@ def _write(path: Path, data: Any) -> None:
 
 
 def _peak_memory() -> int | None:
-    """Largest resident memory of this process, in bytes; Linux only."""
+    """Return the largest resident memory of this process, in bytes; Linux only."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:

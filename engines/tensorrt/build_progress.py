@@ -42,7 +42,7 @@ class ProgressTree:
         self._phases.pop(name, None)
 
     def _share(self, phase: _Phase) -> float:
-        """Part of the whole that a phase stands for."""
+        """Return the part of the whole that a phase stands for."""
         if phase.parent is None:
             return 1.0
         parent = self._phases.get(phase.parent)

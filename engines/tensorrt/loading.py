@@ -62,7 +62,7 @@ def load_plan(module: Any, runtime: Any, plan: Path, complaints: Complaints, fla
 
 
 def misfits(module: Any, engine: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Iterator[str]:
-    """What the inputs and outputs of an engine have that those of the graph have not, and the other way round.
+    """Yield what the inputs and outputs of an engine have that those of the graph have not, and the other way round.
 
     Args:
         module: the TensorRT library.
@@ -87,14 +87,14 @@ def misfits(module: Any, engine: Any, inputs: Sequence[TensorSpec], outputs: Seq
 
 
 def _same_shape(spec: Sequence[int | str], plan: tuple[int, ...]) -> bool:
-    """Whether a plan's shape (-1: free) can be that of a spec; a plan may fix what the graph leaves free."""
+    """Tell whether a plan's shape (-1: free) can be that of a spec; a plan may fix what the graph leaves free."""
     return len(spec) == len(plan) and all(
         isinstance(want, str) or got in (want, -1) for want, got in zip(spec, plan, strict=True)
     )
 
 
 def _validity(module: Any, runtime: Any, data: mmap.mmap) -> str:
-    """What TensorRT-RTX finds in the header of a plan that it cannot load."""
+    """Return what TensorRT-RTX finds in the header of a plan that it cannot load."""
     if len(data) < runtime.engine_header_size:
         return f"the file has {len(data)} bytes, fewer than the header of a plan"
     validity, diagnostics = runtime.get_engine_validity(data)

@@ -64,7 +64,7 @@ class OnnxFile:
         return f"node {node.name or index!r} ({op}, from {_module(node)})"
 
     def is_custom(self, index: int, name: str = "") -> bool:
-        """Whether a node's op is not one of ONNX itself; arguments as in `describe`."""
+        """Tell whether a node's op is not one of ONNX itself; arguments as in `describe`."""
         node = self._node(index, name)
         return node is not None and node.domain not in ("", "ai.onnx")
 
@@ -73,7 +73,7 @@ class OnnxFile:
         return named or (self.nodes[index] if 0 <= index < len(self.nodes) else None)
 
     def plugin_nodes(self, plugin: str) -> set[str]:
-        """Names of the nodes that call a plugin.
+        """Return the names of the nodes that call a plugin.
 
         Args:
             plugin: ``namespace::name``.
@@ -82,7 +82,7 @@ class OnnxFile:
         return {node.name for node in self.nodes if node.op_type == name and _plugin_namespace(node) == namespace}
 
     def strays(self, dtype: str, found: dict[str, str]) -> list[str]:
-        """Weighted nodes that compute in another float type than was asked for, and that no Cast accounts for.
+        """Return weighted nodes that compute in another float type than was asked for, and that no Cast accounts for.
 
         Whoever wants a part of a graph in another precision writes Casts around it: that part is an island. A part in
         another precision without any Cast is one that was forgotten.
@@ -111,7 +111,7 @@ class OnnxFile:
         return kinds.count(dtype), sum(kind in FLOATS for kind in kinds)
 
     def _borders_on_cast(self, start: onnx.NodeProto, kind: str, types: dict[str, str]) -> bool:
-        """Whether the connected part of type ``kind`` around a node has a Cast at its edge."""
+        """Tell whether the connected part of type ``kind`` around a node has a Cast at its edge."""
         users: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
             for name in (*node.input, *node.output):
@@ -173,7 +173,7 @@ def _dtype(element: int) -> str:
 
 
 def _module(node: onnx.NodeProto) -> str:
-    """Path of the module that a node was traced from, which the dynamo exporter of torch writes into it."""
+    """Return the path of the module that a node was traced from, which the dynamo exporter of torch writes into it."""
     properties = {prop.key: prop.value for prop in node.metadata_props}
     if _SCOPES in properties:
         scopes = [scope for scope in ast.literal_eval(properties[_SCOPES])[:-1] if scope]

@@ -83,7 +83,7 @@ class PlanRequest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PlanRequest:
-        """The request that `as_json` was called on."""
+        """Return the request that `as_json` was called on."""
         profiles = tuple({name: _shapes(shapes) for name, shapes in profile.items()} for profile in data["profiles"])
         paths = {name: Path(data[name]) for name in ("onnx", "plan", "timing_cache") if data[name] is not None}
         lists = {name: tuple(data[name]) for name in ("targets", "plugins")}
@@ -129,7 +129,7 @@ class PlanReport:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PlanReport:
-        """The report that `as_json` was called on."""
+        """Return the report that `as_json` was called on."""
         return cls(**{**data, **{name: tuple(data[name]) for name in ("targets", "plugins", "warnings")}})
 
 
@@ -139,7 +139,7 @@ def _shapes(data: Sequence[Sequence[int]]) -> Shapes:
 
 
 def _in_order(shapes: Shapes) -> bool:
-    """Whether three shapes are of one rank and grow from the first to the last."""
+    """Tell whether three shapes are of one rank and grow from the first to the last."""
     return len({len(shape) for shape in shapes}) == 1 and all(
         0 < low <= usual <= high for low, usual, high in zip(*shapes, strict=True)
     )

@@ -54,7 +54,7 @@ def read_profiles(engine: Any, inputs: Sequence[TensorSpec]) -> list[Profile]:
 
 
 def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape], plan: str) -> int:
-    """Index of the narrowest profile that allows the shapes: it is tuned best for them.
+    """Return the index of the narrowest profile that allows the shapes: it is tuned best for them.
 
     Args:
         profiles: all profiles of the plan.

@@ -136,7 +136,7 @@ def _require(source: OnnxFile, dtype: str, counts: Counter[str], found: dict[str
 
 
 def _kind(dtype: Any) -> str:
-    """Our name of a ``DataType``."""
+    """Return our name of a ``DataType``."""
     name = str(dtype.name)
     return _DTYPES.get(name, name.lower())
 

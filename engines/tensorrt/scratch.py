@@ -36,7 +36,7 @@ class Scratch:
         return self._memory.numel()
 
     def address(self, size: int) -> int:
-        """Address of at least ``size`` bytes, valid until the next call; the memory grows if it is smaller.
+        """Return the address of at least ``size`` bytes, valid until the next call; the memory grows if it is smaller.
 
         Memory that is asked for while a CUDA graph is being captured is kept for the life of this object, because the
         CUDA graph has its address.
@@ -79,7 +79,7 @@ def launch_stream(device: torch.device) -> Iterator[int]:
 
 
 def capturing() -> bool:
-    """Whether torch's current stream is being captured in a CUDA graph."""
+    """Tell whether torch's current stream is being captured in a CUDA graph."""
     # The first question keeps a torch without CUDA from failing at the second.
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 

@@ -139,7 +139,7 @@ def _end_if_stuck(child: subprocess.Popen[str], done: threading.Event, stuck: th
 
 
 def _processor_seconds(process: int) -> float | None:
-    """Time that a process has used the processor; None where the system does not tell."""
+    """Return the time that a process has used the processor; None where the system does not tell."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
@@ -148,7 +148,7 @@ def _processor_seconds(process: int) -> float | None:
 
 
 def _visible(device: int) -> str:
-    """The one device of those that this process sees, for CUDA_VISIBLE_DEVICES."""
+    """Return the one device of those that this process sees, for CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return str(device)

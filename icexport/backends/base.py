@@ -125,7 +125,7 @@ class Backend(ABC):
 
     @abstractmethod
     def check(self) -> Availability:
-        """Whether it can be used here; a library that is missing or broken is an answer, not an error."""
+        """Tell whether it can be used here; a library that is missing or broken is an answer, not an error."""
 
     def check_options(self, options: PlanOptions, dtype: str) -> None:
         """Refuse, before the long work, what it could not build.
@@ -145,15 +145,15 @@ class Backend(ABC):
             )
 
     def target(self, options: PlanOptions) -> str:
-        """What its engines are tied to: ``any``, or the GPUs that they are built for. Part of the key."""
+        """Return what its engines are tied to: ``any``, or the GPUs that they are built for. Part of the key."""
         return "any"
 
     def key_options(self, options: PlanOptions) -> dict[str, Any]:
-        """Those options that change what it builds and show nowhere else in the key."""
+        """Return those options that change what it builds and show nowhere else in the key."""
         return {}
 
     def identity(self, options: PlanOptions) -> dict[str, Any]:
-        """What a bundle's key holds of this backend: version, and the options that change its engines."""
+        """Return what a bundle's key holds of this backend: version, and the options that change its engines."""
         return {
             "version": self.check().version,
             "options": self.key_options(options),
@@ -175,7 +175,7 @@ class Backend(ABC):
         """
 
     def refusal(self, bundle: Bundle, key: str, entry: EngineEntry, device: str | torch.device) -> str:
-        """Why an engine of a bundle cannot be used on ``device``; empty if nothing speaks against it."""
+        """Return why an engine of a bundle cannot be used on ``device``; empty if nothing speaks against it."""
         return ""
 
     def scratch(self, device: str | torch.device) -> Scratch | None:
@@ -267,7 +267,7 @@ def key_parts(
 
 
 def found(module: str, check: Callable[[Any], Availability]) -> Availability:
-    """What ``check`` says of an engine's module; that it cannot be imported is an answer, too."""
+    """Return what ``check`` says of an engine's module; that it cannot be imported is an answer, too."""
     try:
         return check(importlib.import_module(module))
     except (ImportError, OSError) as error:

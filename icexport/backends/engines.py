@@ -22,7 +22,7 @@ def load_engine(
     device: str | torch.device | None = None,
     scratch: Scratch | None = None,
 ) -> Engine:
-    """An engine for one graph of a bundle; the hash of every file that it reads is checked first.
+    """Return an engine for one graph of a bundle; the hash of every file that it reads is checked first.
 
     Args:
         bundle: the bundle.
@@ -52,19 +52,19 @@ def load_engine(
 
 
 def built_backends(bundle: Bundle) -> tuple[str, ...]:
-    """The backends that a bundle has engines for, in the order in which ``auto`` tries them."""
+    """Return the backends that a bundle has engines for, in the order in which ``auto`` tries them."""
     built = {entry.backend for entry in bundle.manifest.engines.values()}
     return tuple(name for name in BACKENDS if name in built)
 
 
 def default_device(bundle: Bundle, backend: str) -> str:
-    """``cuda`` for a backend that runs nowhere else, and for a bundle that has no other; else ``cpu``."""
+    """Return ``cuda`` for a backend that runs nowhere else, and for a bundle that has no other; else ``cpu``."""
     names = built_backends(bundle) if backend == "auto" else (backend,)
     return "cuda" if names and all(get(name).needs_gpu for name in names) else "cpu"
 
 
 def choose_backend(bundle: Bundle, backend: str, device: str | torch.device) -> str:
-    """The backend to run a bundle with: the named one, else the first of the bundle's that can use the device.
+    """Return the backend to run a bundle with: the named one, else the first of the bundle's that can use the device.
 
     Raises:
         BundleError: the bundle was not built for the named backend; the command that does is named.

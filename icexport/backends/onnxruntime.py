@@ -34,7 +34,7 @@ class OnnxRuntime(Backend):
     def open(
         self, bundle: Bundle, key: str, entry: EngineEntry, device: str | torch.device, scratch: Scratch | None = None
     ) -> Engine:
-        """A session on the graph's file; see ``Backend.open``."""
+        """Return a session on the graph's file; see ``Backend.open``."""
         from engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(entry.graph, bundle.onnx(entry.graph), device)

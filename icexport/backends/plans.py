@@ -70,7 +70,7 @@ def build_plan(backend: str, request: EngineRequest, made: Made, targets: Sequen
 def optimisation_profiles(
     inputs: Sequence[TensorInfo], profile: Profile, multiple: int
 ) -> Iterator[dict[str, Shapes]]:
-    """TensorRT's optimisation profiles: smallest, usual and largest shape of every input with a free axis.
+    """Return TensorRT's optimisation profiles: smallest, usual and largest shape of every input with a free axis.
 
     A fixed number of pictures becomes two static profiles of the UNet and the ControlNet, without and with guidance,
     and every listed size one of its own: static shapes are what kernels are tuned best for.
@@ -99,7 +99,7 @@ def optimisation_profiles(
 
 
 def _samples(profile: Profile) -> list[SizeRange]:
-    """Ranges of the samples of one UNet call: guidance doubles a fixed number of pictures, or does not."""
+    """Return the ranges of the samples of one UNet call: guidance doubles a fixed number of pictures, or does not."""
     size = profile.batch
     if size.fixed:
         return [SizeRange(n, n, n) for n in (size.opt, 2 * size.opt)]
@@ -116,6 +116,6 @@ def _sizes(profile: Profile, multiple: int) -> list[tuple[SizeRange, SizeRange]]
 
 
 def _timing_cache(store: EngineStore, version: str, device: str) -> Path:
-    """Where classic TensorRT keeps what it timed on this kind of GPU."""
+    """Return where classic TensorRT keeps what it timed on this kind of GPU."""
     store.timing.mkdir(parents=True, exist_ok=True)
     return store.timing / f"{version}-{device.replace(' ', '_')}.cache"

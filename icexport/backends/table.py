@@ -30,7 +30,7 @@ def register(backend: Backend) -> None:
 
 
 def get(name: str) -> Backend:
-    """The backend called ``name``.
+    """Return the backend called ``name``.
 
     Raises:
         ValueError: there is none of this name; those that exist are listed.
@@ -41,7 +41,7 @@ def get(name: str) -> Backend:
 
 
 def available() -> tuple[str, ...]:
-    """Names of the usable backends, in the order in which ``auto`` tries them."""
+    """Return the names of the usable backends, in the order in which ``auto`` tries them."""
     return tuple(name for name, backend in BACKENDS.items() if backend.check().usable)
 
 

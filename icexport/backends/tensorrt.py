@@ -59,13 +59,13 @@ class TensorRt(Backend):
             )
 
     def target(self, options: PlanOptions) -> str:
-        """The GPU of this machine, or those that are built for; see ``Backend.target``."""
+        """Return the GPU of this machine, or those that are built for; see ``Backend.target``."""
         from engines.tensorrt import api
 
         return api.device_tag(self.name, options.targets if self.takes_targets else (), None)
 
     def key_options(self, options: PlanOptions) -> dict[str, Any]:
-        """What the builder is told; see ``Backend.key_options``."""
+        """Return what the builder is told; see ``Backend.key_options``."""
         return {"optimization_level": options.optimization_level, "workspace_bytes": options.workspace_bytes}
 
     def make(self, request: EngineRequest, made: Made) -> EngineEntry:
@@ -92,11 +92,11 @@ class TensorRt(Backend):
         return f"it was built for {entry.device}, and {device} is {name} (sm_{major}{minor})"
 
     def fits(self, built_for: str, name: str, capability: str) -> bool:
-        """Whether a plan runs on a GPU of this name and compute capability."""
+        """Tell whether a plan runs on a GPU of this name and compute capability."""
         return f"{name} {capability}" == built_for
 
     def scratch(self, device: str | torch.device) -> Scratch:
-        """Scratch memory for plans that run in turn; see ``Backend.scratch``."""
+        """Return scratch memory for plans that run in turn; see ``Backend.scratch``."""
         from engines.tensorrt.scratch import Scratch
 
         return Scratch(device)
@@ -104,7 +104,7 @@ class TensorRt(Backend):
     def open(
         self, bundle: Bundle, key: str, entry: EngineEntry, device: str | torch.device, scratch: Scratch | None = None
     ) -> Engine:
-        """The plan on the GPU; see ``Backend.open``."""
+        """Return the plan on the GPU; see ``Backend.open``."""
         from engines.tensorrt.engine import TensorRtEngine
         from icexport.graphs.graph import specs
 
@@ -123,7 +123,7 @@ class TensorRt(Backend):
         )
 
     def kernel_cache(self, _key: str) -> Path | None:
-        """File for kernels that the library compiles when it loads a plan; None: it compiles none."""
+        """Return the file for kernels that the library compiles when it loads a plan; None: it compiles none."""
         return None
 
 
@@ -157,7 +157,7 @@ class TensorRtRtx(TensorRt):
         return capability in built_for.split("+")
 
     def kernel_cache(self, key: str) -> Path | None:
-        """File for the kernels that are compiled for this GPU from a plan; None: no place to keep them."""
+        """Return the file for the kernels that are compiled for this GPU from a plan; None: no place to keep them."""
         folder = EngineStore().kernels
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ class TorchEager(Backend):
     def open(
         self, bundle: Bundle, key: str, entry: EngineEntry, device: str | torch.device, scratch: Scratch | None = None
     ) -> Engine:
-        """The module with its weights on ``device``; see ``Backend.open``."""
+        """Return the module with its weights on ``device``; see ``Backend.open``."""
         from engines.torch_eager import TorchEngine
         from icexport.backends.torch_modules import torch_module
         from icexport.graphs.graph import specs

@@ -20,7 +20,7 @@ from icexport.models.probe import CONFIG_NAME, WEIGHTS_NAME, InnerControlProbe, 
 
 
 def torch_module(graph: str, folder: Path, manifest: Manifest) -> nn.Module:
-    """The module of one graph from the weights that ``save_torch`` wrote.
+    """Return the module of one graph from the weights that ``save_torch`` wrote.
 
     Args:
         graph: name of the graph.

@@ -90,11 +90,11 @@ class LatencyReport:
     providers: list[ProviderLatency]
 
     def to_json(self) -> str:
-        """One JSON document."""
+        """Return one JSON document."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def to_markdown(self) -> str:
-        """A table with a line on the machine."""
+        """Return a table with a line on the machine."""
         base = next((p.median for p in self.providers if p.name == BASELINE), None)
         lines = [
             "| provider | median s | p95 s | min s | ms/step | speed-up | load s | memory MB "
@@ -265,7 +265,7 @@ def _step_seconds(call: Callable[[Callable[..., dict[str, Tensor]]], object], de
 
 
 def _test_map(batch: int, height: int, width: int) -> Tensor:
-    """A ring of edges, ``[batch,3,H,W]``: something that can be followed at any size."""
+    """Return a ring of edges, ``[batch,3,H,W]``: something that can be followed at any size."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     ring = ((x.square() + y.square()).sqrt() - 0.7).abs() < 2.0 / max(height, width)
     return ring.float().expand(batch, 3, -1, -1).contiguous()

@@ -129,7 +129,7 @@ def build(
 
 
 def _earlier(folder: Path) -> Bundle | None:
-    """The bundle that is in ``folder``, if there is one that can be read."""
+    """Return the bundle that is in ``folder``, if there is one that can be read."""
     try:
         return Bundle(folder)
     except DamagedBundleError as error:
@@ -153,7 +153,7 @@ def _know_unchanged(bundle: Bundle, source: ModelSource) -> None:
 
 
 def _is_intact(bundle: Bundle, key: str) -> bool:
-    """Whether it is the bundle of this key, with all of its files as they were."""
+    """Tell whether it is the bundle of this key, with all of its files as they were."""
     if bundle.manifest.key != key:
         return False
     try:

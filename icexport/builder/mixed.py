@@ -114,7 +114,7 @@ def stabilise(path: Path, reference: Graph, case_list: Sequence[Case], dtype: Pr
 
 
 def measure(model: onnx.ModelProto, case_list: Sequence[Case], folder: Path) -> dict[str, float]:
-    """Largest magnitude over all cases of every float16 value of a graph, computed in float32.
+    """Return the largest magnitude over all cases of every float16 value of a graph, computed in float32.
 
     Args:
         model: the graph without its weights, which lie in ``folder``.
@@ -148,7 +148,7 @@ def _peak_of(name: str, signed: bool) -> list[onnx.NodeProto]:
 
 
 def _read_by_softmax_only(model: onnx.ModelProto) -> set[str]:
-    """Values for which minus infinity is no overflow: it is a zero in the Softmax behind."""
+    """Return values for which minus infinity is no overflow: it is a zero in the Softmax behind."""
     readers: dict[str, set[str]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -157,7 +157,7 @@ def _read_by_softmax_only(model: onnx.ModelProto) -> set[str]:
 
 
 def out_of_range(model: onnx.ModelProto, peaks: Mapping[str, float]) -> dict[int, _Finding]:
-    """Nodes by their index that write or read a value above ``LIMIT``, each with the largest such value.
+    """Return nodes by their index that write or read a value above ``LIMIT``, each with the largest such value.
 
     Infinity and NaN are not counted: they were computed in float32, which therefore would not help.
     """
@@ -181,7 +181,7 @@ def _until_parity(
     case_list: Sequence[Case],
     dtype: Precision,
 ) -> dict[int, _Finding]:
-    """Nodes beyond ``ranged`` that make parity hold, module by module; none if that cannot be reached."""
+    """Return nodes beyond ``ranged`` that make parity hold, module by module; none if that cannot be reached."""
     exact = reference.engine()
     extra: dict[int, _Finding] = {}
     for _ in range(ROUNDS + 1):
@@ -247,7 +247,7 @@ def _check_outputs(model: onnx.ModelProto, peaks: Mapping[str, float], name: str
 
 
 def _summary(model: onnx.ModelProto, moved: Mapping[int, _Finding]) -> list[Island]:
-    """One island for each innermost module and reason, with the largest of what was measured."""
+    """Return one island for each innermost module and reason, with the largest of what was measured."""
     groups: dict[tuple[str, str], list[_Finding]] = {}
     for index in sorted(moved):
         scope = "".join(bisect.scopes(model.graph.node[index])[-1:])

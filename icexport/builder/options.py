@@ -94,7 +94,7 @@ class BuildSpec:
         return takes and self.plans.plugins and self.source.probe_folder is not None
 
     def key(self) -> str:
-        """Hash of the sources' contents, the options and the tools' versions."""
+        """Return the hash of the sources' contents, the options and the tools' versions."""
         source = {"family": self.source.family.name, "condition": self.source.condition, "files": self.source.files}
         options = {"dtype": self.dtype, "opset": self.opset, "profile": self.profile.to_json(), "verify": self.verify}
         backends = {name: table.get(name).identity(self.plans) for name in sorted(self.backends)}
@@ -102,7 +102,7 @@ class BuildSpec:
 
 
 def _backends(names: Sequence[str]) -> list[Backend]:
-    """The backends to build for; each of them can build here, be it for another machine's device."""
+    """Return the backends to build for; each of them can build here, be it for another machine's device."""
     found: dict[str, Backend] = {}
     for name in names:
         if name != "auto" and name not in table.BACKENDS:
@@ -127,7 +127,7 @@ def _check_plugins(profile: Profile, opset: int) -> None:
 
 
 def _profile(source: ModelSource, options: BuildOptions, *, fixed_batch: bool) -> Profile:
-    """The sizes to build for; plans are fastest with fixed ones, for the others a free batch costs nothing."""
+    """Return the sizes to build for; plans are fastest with fixed ones, for the others a free batch costs nothing."""
     size = options.batch_size
     batch = SizeRange.parse((1 if fixed_batch else DEFAULT_BATCH) if size is None else size)
     height, width = options.height, options.width

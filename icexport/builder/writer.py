@@ -99,7 +99,7 @@ class _Writer:
         spec.source.check_unchanged()
 
     def _graphs(self) -> Iterator[tuple[Graph, list[Case] | None]]:
-        """The graphs in the precision of the build; whoever takes one is the only one to hold it.
+        """Return the graphs in the precision of the build; whoever takes one is the only one to hold it.
 
         Where some values may be too large for that precision, a graph comes in float32 instead, and with inputs of a
         real picture, by which these values are found.

@@ -146,7 +146,7 @@ class EngineStore:
         return removed
 
     def _used(self, dry_run: bool) -> set[str]:
-        """Keys of all engines of all bundles that are still where they were built."""
+        """Return the keys of all engines of all bundles that are still where they were built."""
         used: set[str] = set()
         for note in self._bundles.glob("*.txt"):
             bundle = Path(note.read_text(encoding="utf-8"))
@@ -235,7 +235,7 @@ class EngineStore:
 
 
 def _intact(folder: Path, hashes: Hashes) -> bool:
-    """Whether an entry has exactly the files that were stored, unchanged."""
+    """Tell whether an entry has exactly the files that were stored, unchanged."""
     try:
         expected = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
         found = {p.name: hashes(p) for p in folder.iterdir() if p.name != _HASHES}

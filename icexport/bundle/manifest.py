@@ -132,7 +132,7 @@ class Manifest:
 
 
 def engine_keys(folder: Path) -> set[str]:
-    """Keys of the engines of a bundle of any schema version up to this one.
+    """Return the keys of the engines of a bundle of any schema version up to this one.
 
     Raises:
         OSError: the manifest is not there, or cannot be read.
@@ -181,7 +181,7 @@ def _check_version(data: Any, path: Path) -> None:
 
 
 def rebuild_command(data: Mapping[str, Any], folder: Path, backends: Iterable[str]) -> str:
-    """The command that builds a bundle again.
+    """Return the command that builds a bundle again.
 
     Args:
         data: its manifest as JSON, of any schema version.

@@ -122,7 +122,7 @@ Parity = dict[str, dict[str, dict[str, ParityResult]]]
 
 
 def parity_json(results: Parity) -> dict[str, Any]:
-    """Results of the parity gate as plain dictionaries."""
+    """Return the results of the parity gate as plain dictionaries."""
     return {
         backend: {graph: {n: asdict(output) for n, output in outputs.items()} for graph, outputs in graphs.items()}
         for backend, graphs in results.items()
@@ -130,7 +130,7 @@ def parity_json(results: Parity) -> dict[str, Any]:
 
 
 def parity_from_json(data: Mapping[str, Any]) -> Parity:
-    """The inverse of ``parity_json``."""
+    """Return the inverse of ``parity_json``."""
     return {
         backend: {
             graph: {name: ParityResult(**output) for name, output in outputs.items()}

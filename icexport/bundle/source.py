@@ -8,7 +8,7 @@ from icexport.models.loading import ModelSource
 
 
 def recorded_source(bundle: Bundle, model: str | None = None) -> ModelSource:
-    """The model that a bundle was made from, with every file compared.
+    """Return the model that a bundle was made from, with every file compared.
 
     Args:
         bundle: the bundle.

@@ -46,7 +46,7 @@ class Bundle:
         return f"Bundle({str(self.path)!r}, condition={condition!r}, key={key!r})"
 
     def graph(self, name: str) -> GraphEntry:
-        """The entry of one graph.
+        """Return the entry of one graph.
 
         Raises:
             BundleError: the bundle has no such graph; those that it has are listed.
@@ -59,7 +59,7 @@ class Bundle:
             ) from error
 
     def condition(self, **options: object) -> Condition:
-        """What the bundle's control maps show: extracts them, and scores pictures.
+        """Return what the bundle's control maps show: extracts them, and scores pictures.
 
         Args:
             **options: of the condition.
@@ -73,7 +73,7 @@ class Bundle:
         return conditions.of_model(manifest.condition.name, manifest.source.model, **options)
 
     def file(self, name: str) -> Path:
-        """Path of one file, after checking its hash.
+        """Return the path of one file, after checking its hash.
 
         Raises:
             DamagedBundleError: the file is missing or was changed.
@@ -82,7 +82,7 @@ class Bundle:
         return self.path / name
 
     def onnx(self, graph: str, *, plugins: bool = False) -> Path:
-        """Path of a graph's ONNX file, after checking its hash and that of its weights.
+        """Return the path of a graph's ONNX file, after checking its hash and that of its weights.
 
         Args:
             graph: name of the graph.
@@ -94,7 +94,7 @@ class Bundle:
         return self.path / file
 
     def folder(self, name: str) -> Path:
-        """Path of a folder (``tokenizer``, ``scheduler``), after checking every file in it.
+        """Return the path of a folder (``tokenizer``, ``scheduler``), after checking every file in it.
 
         Raises:
             DamagedBundleError: a file is missing, was changed, or was added: libraries read all that they find.
@@ -129,7 +129,7 @@ class Bundle:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Every file below ``folder`` but the manifest, by POSIX path."""
+    """Return every file below ``folder`` but the manifest, by POSIX path."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
     return {path.relative_to(folder).as_posix(): path for path in paths}
 

@@ -113,7 +113,7 @@ def _backends() -> list[dict[str, Any]]:
 
 
 def _gpus() -> list[str]:
-    """Names of the CUDA devices that torch sees."""
+    """Return the names of the CUDA devices that torch sees."""
     try:
         import torch
     except (ImportError, OSError):  # told by _problems
@@ -122,7 +122,7 @@ def _gpus() -> list[str]:
 
 
 def _problems(backends: list[dict[str, Any]]) -> list[str]:
-    """Everything for which icexport cannot run at all, each with its fix."""
+    """Return everything for which icexport cannot run at all, each with its fix."""
     from icexport.host.preflight import check_torchvision
 
     problems = []

@@ -30,7 +30,7 @@ _SEVERAL = "--target-sm"
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code that says what kind of failure ``error`` is."""
+    """Return the exit code that says what kind of failure ``error`` is."""
     # Both are torch's, which is not to be imported for this; a CPU's has no class of its own.
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error):
         return FAILED
@@ -41,7 +41,7 @@ class Command(TyperCommand):
     """A command that takes -v and -q after its name, too, and reports errors."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """The command's own parameters, and those of the program that may follow its name."""
+        """Return the command's own parameters, and those of the program that may follow its name."""
         shared = [p for p in ctx.find_root().command.params if p.name in ("verbose", "quiet")]
         return [*super().get_params(ctx), *shared]
 

@@ -179,7 +179,7 @@ def evaluate(
 
 
 def _condition(cond: str | None, model: str | None, bundle: Path | None) -> Condition:
-    """The condition that is judged: the given one, which has to be the bundle's, or the bundle's."""
+    """Return the condition that is judged: the given one, which has to be the bundle's, or the bundle's."""
     if bundle is None:
         if cond is None:
             raise UsageError(f"Name the condition: --cond {CONDITIONS}.")
@@ -197,7 +197,7 @@ def _condition(cond: str | None, model: str | None, bundle: Path | None) -> Cond
 def _options(
     name: str, depth_model: str | None, hed_weights: Path | None, lineart_weights: Path | None
 ) -> dict[str, object]:
-    """Options of the condition ``name``; --hed-weights may be for the feature distance alone."""
+    """Return the options of the condition ``name``; --hed-weights may be for the feature distance alone."""
     given = {"depth": ("model", depth_model), "hed": ("weights", hed_weights), "lineart": ("weights", lineart_weights)}
     for other, flag in (("depth", "--depth-model"), ("lineart", "--lineart-weights")):
         if name != other and given[other][1] is not None:
@@ -207,14 +207,14 @@ def _options(
 
 
 def _size(height: int | None, width: int | None) -> tuple[int, int] | None:
-    """(height, width) as asked for; None: not asked for."""
+    """Return (height, width) as asked for; None: not asked for."""
     if (height is None) != (width is None):
         raise UsageError("Give both --height and --width, or neither.")
     return None if height is None or width is None else (height, width)
 
 
 def _first_size(pictures: Path | None) -> tuple[int, int]:
-    """(height, width) of the first finished picture."""
+    """Return (height, width) of the first finished picture."""
     from icexport.host.pictures import read_picture
 
     first = min(pictures.glob("*.png"), default=None) if pictures else None
@@ -225,7 +225,7 @@ def _first_size(pictures: Path | None) -> tuple[int, int]:
 
 
 def _summary(result: dict[str, Any], *files: Path) -> dict[str, Any]:
-    """What a person wants to see first."""
+    """Return what a person wants to see first."""
     data = result["data"]
     rows = []
     for row in result["metrics"].values():

@@ -159,7 +159,7 @@ def generate(
 
 
 def _load(bundle: Bundle, backend: str, device: str | None, scheduler: str | None) -> InnerControlPipeline:
-    """The pipeline with the bundle's or a named scheduler, and a bar on a terminal."""
+    """Return the pipeline with the bundle's or a named scheduler, and a bar on a terminal."""
     from icexport.runtime.pipeline import InnerControlPipeline
     from icexport.runtime.schedulers import choose_scheduler
 
@@ -172,7 +172,7 @@ def _load(bundle: Bundle, backend: str, device: str | None, scheduler: str | Non
 
 
 def numbered(path: Path, count: int) -> list[Path]:
-    """``path`` itself for one picture, else ``-0``, ``-1`` ... before its suffix."""
+    """Return ``path`` itself for one picture, else ``-0``, ``-1`` ... before its suffix."""
     return [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
 
 

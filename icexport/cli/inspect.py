@@ -44,7 +44,7 @@ def inspect(
 
 
 def describe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Everything known of ``path``, and the part of it that a person wants to see.
+    """Return everything known of ``path``, and the part of it that a person wants to see.
 
     Raises:
         UsageError: it is nothing that icexport knows.
@@ -108,7 +108,7 @@ def _bundle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _runs_here(bundle: Bundle, key: str) -> str:
-    """``yes``, or why the engine cannot run on this machine."""
+    """Return ``yes``, or why the engine cannot run on this machine."""
     from icexport.backends import table
     from icexport.backends.engines import default_device
 
@@ -131,7 +131,7 @@ def _plan(path: Path) -> dict[str, Any]:
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    """A model of several components, or one component."""
+    """Return a model of several components, or one component."""
     parts = sorted(p for p in path.iterdir() if (p / "config.json").is_file())
     config = _json(path / "model_index.json") or _json(path / "config.json")
     if not parts and not config:
@@ -183,7 +183,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
 
 def _header(path: Path) -> dict[str, tuple[str, Sequence[int]]]:
-    """Type and shape of every tensor of a safetensors file; no weights are read."""
+    """Return the type and shape of every tensor of a safetensors file; no weights are read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -195,7 +195,7 @@ def _header(path: Path) -> dict[str, tuple[str, Sequence[int]]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if there is no such file."""
+    """Return a JSON object, empty if there is no such file."""
     if not path.is_file():
         return {}
     try:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
-    """Name, size in MB with weights, and what the weights are, of each graph."""
+    """Return the name, size in MB with weights, and what the weights are, of each graph."""
     rows = []
     for name, entry in bundle.manifest.graphs.items():
         files = [bundle.path / f for f in bundle.manifest.files if f in (entry.file, f"{entry.file}.data")]
@@ -25,7 +25,7 @@ def graph_rows(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def parity_rows(results: Parity) -> list[dict[str, Any]]:
-    """The worst output of each graph on each backend, from the results of the parity gate.
+    """Return the worst output of each graph on each backend, from the results of the parity gate.
 
     A backend whose engines could not run where the gate ran has one row, with ``passed`` None.
     """
@@ -55,7 +55,7 @@ def _error(output: ParityResult) -> float:
 
 
 def engine_rows(bundle: Bundle) -> list[dict[str, Any]]:
-    """What each engine is, what it was built for, and what the builder told of it."""
+    """Return what each engine is, what it was built for, and what the builder told of it."""
     return [
         {
             "backend": entry.backend,

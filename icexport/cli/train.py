@@ -208,7 +208,7 @@ def controlnet(
 
 
 def _given(options: Mapping[str, Mapping[str, Any]], texts: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Options that were given, and on top of them what ``--set`` says."""
+    """Return the options that were given, and on top of them what ``--set`` says."""
     from training.config import assignments, merge
 
     given = {name: {k: v for k, v in table.items() if v is not None} for name, table in options.items()}

@@ -28,7 +28,7 @@ _CONDITIONS: dict[str, str | type[Condition]] = {
 
 
 def names() -> tuple[str, ...]:
-    """The names that `get` and ``--cond`` take."""
+    """Return the names that `get` and ``--cond`` take."""
     return tuple(_CONDITIONS)
 
 
@@ -42,14 +42,14 @@ def register(kind: type[Condition]) -> None:
 
 
 def get(name: str, **options: object) -> Condition:
-    """The condition called ``name``, with its options set.
+    """Return the condition called ``name``, with its options set.
 
     Args:
         name: one of `names`.
         **options: fields of its class, for instance ``low_threshold=100`` for canny.
 
     Raises:
-        ConditionError: If the name or an option is unknown, or an option is out of range.
+        ConditionError: if the name or an option is unknown, or an option is out of range.
     """
     if name not in _CONDITIONS:
         raise ConditionError(f"There is no condition {name!r}. Known conditions: {', '.join(names())}.")
@@ -59,7 +59,7 @@ def get(name: str, **options: object) -> Condition:
 
 
 def of_model(name: str, model: str, **options: object) -> Condition:
-    """The condition called ``name`` as it is used with ``model``: see ``Condition.for_model``.
+    """Return the condition called ``name`` as it is used with ``model``: see ``Condition.for_model``.
 
     Args:
         name: one of `names`.
@@ -67,7 +67,7 @@ def of_model(name: str, model: str, **options: object) -> Condition:
         **options: as `get`; they win.
 
     Raises:
-        ConditionError: As `get`.
+        ConditionError: as `get`.
     """
     return get(name).for_model(model).with_options(**options)
 
@@ -78,7 +78,7 @@ def _imported(place: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """The classes, imported when one is used."""
+    """Return the classes, imported when one is used."""
     places = {str(place).partition(":")[2]: str(place) for place in _CONDITIONS.values() if isinstance(place, str)}
     places["Condition"] = "icexport.conditions.base:Condition"
     if name not in places:

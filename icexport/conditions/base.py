@@ -38,7 +38,7 @@ class Condition(ABC):
     """What is applied to the reading of a probe that we train: our control maps are white on black by definition."""
 
     def describe(self) -> dict[str, Any]:
-        """What a bundle's manifest records of the condition."""
+        """Return what a bundle's manifest records of the condition."""
         return {
             "name": self.name,
             "value_range": self.value_range,
@@ -49,7 +49,7 @@ class Condition(ABC):
         }
 
     def for_model(self, model: str) -> Self:
-        """The condition as it is used with a base model, which may have extractors of its own.
+        """Return the condition as it is used with a base model, which may have extractors of its own.
 
         Args:
             model: as a user names it: ``reference``, a folder or a hub id.
@@ -57,10 +57,10 @@ class Condition(ABC):
         return self
 
     def with_options(self, **options: Any) -> Self:
-        """The same condition with some options changed.
+        """Return the same condition with some options changed.
 
         Raises:
-            ConditionError: If an option is unknown or out of range.
+            ConditionError: if an option is unknown or out of range.
         """
         known = [field.name for field in dataclasses.fields(self)]
         if unknown := sorted(set(options) - set(known)):
@@ -73,14 +73,14 @@ class Condition(ABC):
         """Read the control map from a picture, on the CPU.
 
         Args:
-            image: Any 8-bit mode (grey, palette, RGBA ...); transparent parts count as white.
-            **options: Override this condition's options.
+            image: any 8-bit mode (grey, palette, RGBA ...); transparent parts count as white.
+            **options: override this condition's options.
 
         Returns:
             RGB picture of the same size.
 
         Raises:
-            ConditionError: If an option is not valid, weights are missing, or the picture has more than 8 bits.
+            ConditionError: if an option is not valid, weights are missing, or the picture has more than 8 bits.
         """
         pixels = to_pixels(to_rgb(image))
         with torch.no_grad():
@@ -91,19 +91,19 @@ class Condition(ABC):
 
         Args:
             pixels: ``[B,3,H,W]`` in [0,1], any float dtype.
-            **options: Override this condition's options.
+            **options: override this condition's options.
 
         Returns:
             ``[B,3,H,W]`` float32 in [0,1], three equal channels.
 
         Raises:
-            ConditionError: If an option or the shape is not valid, or weights are missing.
+            ConditionError: if an option or the shape is not valid, or weights are missing.
         """
         return self.with_options(**options)._extract(_checked(pixels, "pixels")).repeat(1, 3, 1, 1)
 
     @torch.no_grad()
     def score(self, pictures: Tensor, control_maps: Tensor, **options: Any) -> Tensor:
-        """How well finished pictures follow their control maps.
+        """Return how well finished pictures follow their control maps.
 
         Pictures are rounded to 8 bits first and read with the same extractor as `extract`, so that the score is what
         anyone recomputes from the saved files.
@@ -111,13 +111,13 @@ class Condition(ABC):
         Args:
             pictures: ``[B,3,H,W]`` in [0,1].
             control_maps: ``[B,3,H,W]`` in [0,1].
-            **options: Override this condition's options.
+            **options: override this condition's options.
 
         Returns:
             ``[B]`` float32 on the device of ``pictures``, in `unit`; `higher_is_better` says which way.
 
         Raises:
-            ConditionError: If an option or a shape is not valid, or weights are missing.
+            ConditionError: if an option or a shape is not valid, or weights are missing.
         """
         pictures, control_maps = _checked(pictures, "pictures"), _checked(control_maps, "control_maps")
         if pictures.shape != control_maps.shape:
@@ -131,7 +131,7 @@ class Condition(ABC):
 
     @abstractmethod
     def _extract(self, pixels: Tensor) -> Tensor:
-        """Control maps ``[B,1,H,W]`` of ``pixels`` ``[B,3,H,W]`` float32."""
+        """Return control maps ``[B,1,H,W]`` of ``pixels`` ``[B,3,H,W]`` float32."""
 
     def _extract_8bit(self, pixels: Tensor) -> Tensor:
         """As `_extract`, for pixels that are multiples of 1/255, without gradients."""
@@ -139,11 +139,11 @@ class Condition(ABC):
 
     @abstractmethod
     def _compare(self, readings: Tensor, control_maps: Tensor) -> Tensor:
-        """Score ``[B]`` of readings ``[B,1,H,W]`` against control maps of the same shape."""
+        """Return the score ``[B]`` of readings ``[B,1,H,W]`` against control maps of the same shape."""
 
 
 def _checked(pixels: Tensor, name: str) -> Tensor:
-    """``pixels`` as float32, once its shape and type are right."""
+    """Return ``pixels`` as float32, once its shape and type are right."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
         raise ConditionError(
             f"{name} is {pixels.dtype} of shape {tuple(pixels.shape)}; expected floats in [0,1] of shape [B,3,H,W]."

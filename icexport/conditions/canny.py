@@ -31,11 +31,11 @@ class Canny(Condition):
     thresholds: the training target of ControlNet++, which is differentiable.
 
     Attributes:
-        low_threshold: Weakest gradient that continues an edge, in 8-bit grey levels of its L1 norm, 0 to 1530.
-        high_threshold: Weakest gradient that starts one. Equal thresholds switch hysteresis off.
-        soft: Give the magnitude, divided by its largest possible value. `extract` and `score` give edges all the same.
-        blur_sigma: For ``soft``: Gaussian blur before the gradient, in pixels; 0 is none.
-        tolerance_px: For `score`: how far an edge may be off, in pixels. None is 1 px per 64 px of the shorter side.
+        low_threshold: weakest gradient that continues an edge, in 8-bit grey levels of its L1 norm, 0 to 1530.
+        high_threshold: weakest gradient that starts one. Equal thresholds switch hysteresis off.
+        soft: give the magnitude, divided by its largest possible value. `extract` and `score` give edges all the same.
+        blur_sigma: for ``soft``: Gaussian blur before the gradient, in pixels; 0 is none.
+        tolerance_px: for `score`: how far an edge may be off, in pixels. None is 1 px per 64 px of the shorter side.
     """
 
     name: ClassVar[str] = "canny"
@@ -82,12 +82,12 @@ class Canny(Condition):
 
 
 def canny_edges(pixels: Tensor, low_threshold: float, high_threshold: float) -> Tensor:
-    """The edges that ``cv2.Canny`` finds in 8-bit pictures, pixel for pixel, in torch on any device.
+    """Return the edges that ``cv2.Canny`` finds in 8-bit pictures, pixel for pixel, in torch on any device.
 
     Args:
         pixels: ``[B,3,H,W]``, multiples of 1/255 in [0,1].
-        low_threshold: As in `Canny`.
-        high_threshold: As in `Canny`.
+        low_threshold: as in `Canny`.
+        high_threshold: as in `Canny`.
 
     Returns:
         ``[B,1,H,W]`` float32, 0 or 1.
@@ -97,7 +97,7 @@ def canny_edges(pixels: Tensor, low_threshold: float, high_threshold: float) -> 
 
 
 def thinned_magnitude(pixels: Tensor) -> Tensor:
-    """L1 norm of the Sobel gradient where it is a maximum across the edge, 0 elsewhere. Differentiable.
+    """Return the L1 norm of the Sobel gradient where it is a maximum across the edge, 0 elsewhere. Differentiable.
 
     Args:
         pixels: ``[B,C,H,W]``; at each pixel the channel with the strongest gradient counts.
@@ -123,7 +123,7 @@ def _sobel(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_maximum(magnitude: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
-    """Where the magnitude is above both neighbours along the gradient, rounded to one of four directions."""
+    """Return where the magnitude is above both neighbours along the gradient, rounded to one of four directions."""
     padded = F.pad(magnitude, (1, 1, 1, 1))
     height, width = magnitude.shape[-2:]
 
@@ -142,7 +142,7 @@ def _is_maximum(magnitude: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
 
 
 def _hysteresis(weak: Tensor, strong: Tensor) -> Tensor:
-    """Weak pixels that touch strong ones, directly or through other weak ones (8-connected)."""
+    """Return weak pixels that touch strong ones, directly or through other weak ones (8-connected)."""
     while True:
         grown = weak & (F.max_pool2d(strong.float(), 3, stride=1, padding=1) > 0)
         if torch.equal(grown, strong):

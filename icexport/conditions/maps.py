@@ -13,7 +13,7 @@ from icexport.host.pictures import Fit, fit, pad, read_picture
 
 
 def extracted_map(condition: Condition, path: Path, size: tuple[int, int], how: Fit) -> Image:
-    """What the condition sees in a picture file, brought to ``size`` (width, height).
+    """Return what the condition sees in a picture file, brought to ``size`` (width, height).
 
     Raises:
         UsageError: the file cannot be read.
@@ -24,7 +24,7 @@ def extracted_map(condition: Condition, path: Path, size: tuple[int, int], how: 
 
 
 def ready_map(path: Path, size: tuple[int, int], how: Fit, options: Mapping[str, object]) -> Image:
-    """A file that is a control map already, brought to ``size`` (width, height).
+    """Return a file that is a control map already, brought to ``size`` (width, height).
 
     Args:
         path: the file.

@@ -18,7 +18,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a ``.safetensors`` file, or of a torch file (``weights_only``: it cannot run code).
 
     Raises:
-        ConditionError: If the file is missing or cannot be read as such.
+        ConditionError: if the file is missing or cannot be read as such.
     """
     if not path.is_file():
         raise ConditionError(f"The weights {path} do not exist.")
@@ -37,7 +37,7 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> N
     """Load ``state`` into ``network`` strictly, then freeze it for inference.
 
     Raises:
-        ConditionError: If tensors are missing, unexpected or of another shape; all are listed.
+        ConditionError: if tensors are missing, unexpected or of another shape; all are listed.
     """
     expected = network.state_dict()
     missing = sorted(expected.keys() - state.keys())

@@ -68,7 +68,7 @@ def export_graph(graph: Graph, path: Path, symbols: Mapping[str, SizeRange], ops
 
 
 def _dynamic_shape(spec: TensorSpec, dims: Mapping[str, Any]) -> dict[int, Any]:
-    """The free axes of one input, as torch.export takes them."""
+    """Return the free axes of one input, as torch.export takes them."""
     found = {}
     for axis, dimension in enumerate(spec.shape):
         if isinstance(dimension, str) and symbol_of(dimension) in dims:

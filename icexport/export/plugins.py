@@ -157,7 +157,7 @@ def export_plugin_graph(
         The plugins that the file needs, as ``namespace::name``: what a build has to register and to find again.
 
     Raises:
-        ExportError: Another graph, an older opset, free height or width, or torch could not trace the module.
+        ExportError: another graph, an older opset, free height or width, or torch could not trace the module.
     """
     if not isinstance(graph.module, ProbeGraph):
         raise ExportError(f"Only the probe's graph has kernels, got {graph.name!r}. Build the others without plugins.")
@@ -180,12 +180,12 @@ def export_plugin_graph(
 
 
 def plugin_names(model: onnx.ModelProto) -> tuple[str, ...]:
-    """The plugins that a graph needs, as ``namespace::name``, sorted; empty for plain ONNX."""
+    """Return the plugins that a graph needs, as ``namespace::name``, sorted; empty for plain ONNX."""
     return tuple(sorted({f"{NAMESPACE}::{node.op_type}" for node in _nodes(model)}))
 
 
 def inline_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph in plain ONNX: the definition of each node of ours in the node's place.
+    """Return the same graph in plain ONNX: the definition of each node of ours in the node's place.
 
     The result runs in any ONNX engine and computes what the kernels shall compute. ``model`` stays as it is.
     """

@@ -20,7 +20,7 @@ EXACT, ROUNDED = ".exact", ".rounded"
 
 
 def values_of(model: onnx.ModelProto, kind: int = TensorProto.FLOAT16) -> set[str]:
-    """Names of all values and weights of one element type."""
+    """Return the names of all values and weights of one element type."""
     graph = model.graph
     values = (*graph.value_info, *graph.input, *graph.output)
     found = {value.name for value in values if value.type.tensor_type.elem_type == kind}
@@ -28,7 +28,7 @@ def values_of(model: onnx.ModelProto, kind: int = TensorProto.FLOAT16) -> set[st
 
 
 def widen(model: onnx.ModelProto, moved: Collection[int]) -> onnx.ModelProto:
-    """A copy of a float16 graph in which some nodes run in float32, with casts at the borders only.
+    """Return a copy of a float16 graph in which some nodes run in float32, with casts at the borders only.
 
     Args:
         model: the graph; all its values have known types.
@@ -83,7 +83,7 @@ def widen_weights(model: onnx.ModelProto, folder: Path) -> None:
 
 
 def rounding(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
-    """A copy that computes in float32 and rounds every value that is of a lower type in ``model`` to that type.
+    """Return a copy that computes in float32 and rounds every value that is of a lower type in ``model`` to that type.
 
     This is what a GPU does with sums in float32, and what any CPU can compute. ONNX Runtime's own way on a CPU is the
     same except that it leaves out roundings between neighbours.
@@ -121,12 +121,12 @@ def rounding(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
 
 
 def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
-    """A cast that belongs to no module, so that bisection does not take it for a second output of one."""
+    """Return a cast that belongs to no module, so that bisection does not take it for a second output of one."""
     return helper.make_node("Cast", [source], [target], name=f"cast_{source}_to_{target}", to=kind)
 
 
 def _twin(node: onnx.NodeProto, low: Collection[str], read: str, write: str) -> onnx.NodeProto:
-    """A node's twin in float32: on values with these suffixes, and with attributes that say so."""
+    """Return a node's twin in float32: on values with these suffixes, and with attributes that say so."""
     twin = onnx.NodeProto()
     twin.CopyFrom(node)
     twin.input[:] = [name + read if name in low else name for name in node.input]

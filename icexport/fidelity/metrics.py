@@ -18,23 +18,23 @@ SSIM_SIGMA, SSIM_RADIUS = 1.5, 5
 
 
 def default_tolerance_px(height: int, width: int) -> int:
-    """How far an edge may be off, in pixels: 1 px for each 64 px of the shorter side, at least 1."""
+    """Return how far an edge may be off, in pixels: 1 px for each 64 px of the shorter side, at least 1."""
     return max(1, round(min(height, width) / 64))
 
 
 def edge_f1(predicted: Tensor, target: Tensor, tolerance_px: int) -> Tensor:
-    """F1 of edge pixels that have an edge pixel of the other map nearby.
+    """Return F1 of edge pixels that have an edge pixel of the other map nearby.
 
     Args:
-        predicted: Edges found in the pictures, ``[B,1|3,H,W]``: bool, or float with edges above 0.5 in any channel.
-        target: Edges asked for, same batch, height and width.
-        tolerance_px: Largest distance that counts as the same place, in pixels, along either axis. 0 is exact.
+        predicted: edges found in the pictures, ``[B,1|3,H,W]``: bool, or float with edges above 0.5 in any channel.
+        target: edges asked for, same batch, height and width.
+        tolerance_px: largest distance that counts as the same place, in pixels, along either axis. 0 is exact.
 
     Returns:
         ``[B]`` in [0,1], higher is better. Two blank maps score 1, one blank map 0.
 
     Raises:
-        UsageError: If the shapes do not match or the tolerance is negative.
+        UsageError: if the shapes do not match or the tolerance is negative.
     """
     if tolerance_px < 0:
         raise UsageError(f"tolerance_px is {tolerance_px}; expected 0 or more pixels.")
@@ -48,17 +48,17 @@ def edge_f1(predicted: Tensor, target: Tensor, tolerance_px: int) -> Tensor:
 
 
 def ssim(predicted: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity with an 11 x 11 Gaussian window (sigma 1.5 px), mean over channels and pixels.
+    """Return the structural similarity with an 11 x 11 Gaussian window (sigma 1.5 px), mean over channels and pixels.
 
     Args:
         predicted: ``[B,C,H,W]`` in [0,1], H and W at least 11.
-        target: Same shape and range.
+        target: same shape and range.
 
     Returns:
         ``[B]`` in [-1,1], higher is better, 1 for equal maps.
 
     Raises:
-        UsageError: If the shapes differ or a side is below 11 px.
+        UsageError: if the shapes differ or a side is below 11 px.
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004, equation 13.
     """
@@ -77,19 +77,19 @@ def ssim(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def depth_rmse(predicted: Tensor, target: Tensor) -> Tensor:
-    """Root mean square error of two depth maps, each stretched to 0-255 by its own minimum and maximum.
+    """Return the root mean square error of two depth maps, each stretched to 0-255 by its own minimum and maximum.
 
     Both sides are normalised alike, unlike the published protocol, which divides the prediction by its maximum only.
 
     Args:
         predicted: ``[B,C,H,W]``, any scale and offset.
-        target: Same shape.
+        target: same shape.
 
     Returns:
         ``[B]`` in [0,255] grey levels, lower is better.
 
     Raises:
-        UsageError: If the shapes differ.
+        UsageError: if the shapes differ.
     """
     _require_same_shape(predicted, target)
     error = 255 * (min_max(predicted.float()) - min_max(target.float()))
@@ -97,17 +97,17 @@ def depth_rmse(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def psnr(predicted: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio.
+    """Return the peak signal-to-noise ratio.
 
     Args:
         predicted: ``[B,C,H,W]`` in [0,1].
-        target: Same shape and range.
+        target: same shape and range.
 
     Returns:
         ``[B]`` in dB, higher is better, ``inf`` for equal maps.
 
     Raises:
-        UsageError: If the shapes differ.
+        UsageError: if the shapes differ.
     """
     _require_same_shape(predicted, target)
     return -10 * (predicted.float() - target.float()).square().mean((1, 2, 3)).log10()

@@ -80,7 +80,7 @@ class FidelityMonitor:
         self._errors.append(self._mean_error(self._last))
 
     def _mean(self, reading: Tensor) -> Tensor:
-        """Mean squared error ``[b]``."""
+        """Return the mean squared error ``[b]``."""
         return self._difference(reading).square().mean((1, 2, 3))
 
     def _reduce(self, reading: Tensor) -> Tensor:
@@ -89,12 +89,12 @@ class FidelityMonitor:
         return sums[:, 1] / self._control[0].numel()
 
     def _difference(self, reading: Tensor) -> Tensor:
-        """Reading minus control map at the control map's size, ``[b,3,H,W]``."""
+        """Return the reading minus control map at the control map's size, ``[b,3,H,W]``."""
         size = self._control.shape[-2:]
         return F.interpolate(reading, size=size, mode="bilinear", align_corners=False) - self._control
 
     def finish(self) -> tuple[list[StepReading], Tensor | None]:
-        """All readings and the last squared-error map ``[b,h,w]``: the one transfer from the device."""
+        """Return all readings and the last squared-error map ``[b,h,w]``: the one transfer from the device."""
         if self._last is None:
             return [], None
         table = torch.cat([torch.stack(self._times)[:, None], torch.stack(self._errors)], dim=1).cpu().tolist()

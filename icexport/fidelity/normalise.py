@@ -15,7 +15,7 @@ EPS = 1e-6
 
 
 def normalise(reading: Tensor, control_range: tuple[float, float], normaliser: Normaliser) -> Tensor:
-    """A probe's output on the scale of `control_target`. Differentiable, and finite on blank maps.
+    """Return a probe's output on the scale of `control_target`. Differentiable, and finite on blank maps.
 
     Args:
         reading: ``[B,C,h,w]``, the probe's output.
@@ -39,7 +39,7 @@ def normalise(reading: Tensor, control_range: tuple[float, float], normaliser: N
 
 
 def control_target(control: Tensor, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
-    """What a normalised reading should be for this control map, and whether there is anything to compare with.
+    """Return what a normalised reading should be for this control map, and whether there is anything to compare with.
 
     Args:
         control: ``[B,3,H,W]`` in [0,1].

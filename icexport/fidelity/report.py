@@ -55,14 +55,14 @@ class FidelityReport:
         return all(math.isfinite(value) for value in values)
 
     def first(self, count: int) -> FidelityReport:
-        """The report of the first so many pictures."""
+        """Return the report of the first so many pictures."""
         steps = [replace(step, errors=step.errors[:count]) for step in self.steps]
         scores = None if self.scores is None else self.scores[:count]
         heat_map = None if self.heat_map is None else self.heat_map[:count]
         return replace(self, scores=scores, steps=steps, heat_map=heat_map)
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dictionary without the heat map."""
+        """Return a plain dictionary without the heat map."""
         return {
             "condition": self.condition,
             "metric": self.metric,

@@ -104,12 +104,12 @@ def _result(output: OutputParity) -> ParityResult:
 
 
 def _short(value: float) -> float | None:
-    """Four digits; None for infinity, which JSON does not have."""
+    """Return four digits; None for infinity, which JSON does not have."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _inlined(bundle: Bundle, graph: str) -> Engine:
-    """The graph with plugins as nodes, each replaced by its definition in plain ONNX."""
+    """Return the graph with plugins as nodes, each replaced by its definition in plain ONNX."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{graph}.onnx"
         onnx.save(inline_plugins(onnx.load(bundle.onnx(graph, plugins=True))), path)
@@ -117,7 +117,7 @@ def _inlined(bundle: Bundle, graph: str) -> Engine:
 
 
 def _runnable(bundle: Bundle, backends: Sequence[str], device: str | None) -> dict[str, Callable[[str], Engine]]:
-    """What makes the engine of a graph, for each backend that runs here."""
+    """Return what makes the engine of a graph, for each backend that runs here."""
     found: dict[str, Callable[[str], Engine]] = {}
     for name in backends:
         state = table.get(name).check()
@@ -137,7 +137,7 @@ def _runnable(bundle: Bundle, backends: Sequence[str], device: str | None) -> di
 
 
 def simulated(bundle: Bundle, graph: str) -> Engine:
-    """The graph with every value rounded, which ONNX Runtime on a CPU does not do by itself."""
+    """Return the graph with every value rounded, which ONNX Runtime on a CPU does not do by itself."""
     entry, path = bundle.graph(graph), bundle.onnx(graph)
     model = onnx.load(path, load_external_data=False)
     inputs, outputs = specs(entry.inputs), specs(entry.outputs)

@@ -34,7 +34,7 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
 
     def cast(self, dtype: torch.dtype) -> Graph:
-        """A copy in another precision; the timestep stays float32, as everywhere."""
+        """Return a copy in another precision; the timestep stays float32, as everywhere."""
 
         def specs(side: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
             return tuple(
@@ -59,7 +59,7 @@ class Graph:
 def example_inputs(
     specs: tuple[TensorSpec, ...], symbols: Mapping[str, int], seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Seeded inputs of the given sizes: standard normal floats, small integers, timestep 500."""
+    """Return seeded inputs of the given sizes: standard normal floats, small integers, timestep 500."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for spec in specs:
@@ -74,10 +74,10 @@ def example_inputs(
 
 
 def describe(specs: Iterable[TensorSpec]) -> tuple[TensorInfo, ...]:
-    """Inputs or outputs as a manifest holds them."""
+    """Return inputs or outputs as a manifest holds them."""
     return tuple(TensorInfo(spec.name, str(spec.dtype).removeprefix("torch."), spec.shape) for spec in specs)
 
 
 def specs(described: Iterable[TensorInfo]) -> tuple[TensorSpec, ...]:
-    """The inverse of ``describe``."""
+    """Return the inverse of ``describe``."""
     return tuple(TensorSpec(info.name, getattr(torch, info.dtype), info.shape) for info in described)

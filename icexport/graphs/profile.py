@@ -85,12 +85,12 @@ class Profile:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Profile:
-        """The inverse of ``to_json``."""
+        """Return the inverse of ``to_json``."""
         ranges = {axis: SizeRange(**data[axis]) for axis in ("batch", "height", "width")}
         return cls(**ranges, shapes=tuple((height, width) for height, width in data.get("shapes", ())))
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dictionary for the manifest."""
+        """Return a plain dictionary for the manifest."""
         return {**asdict(self), "shapes": [list(shape) for shape in self.shapes]}
 
     def check_shape(self, height: int, width: int) -> None:
@@ -123,7 +123,7 @@ class Profile:
                     )
 
     def symbols(self, multiple: int) -> dict[str, SizeRange]:
-        """Range of each symbol in the graphs' shapes.
+        """Return the range of each symbol in the graphs' shapes.
 
         ``samples`` are what UNet and ControlNet run on: guidance makes two of each picture. ``pictures`` are what the
         decoder and the probe run on, ``prompts`` what the text encoder does. ``rows`` and ``columns`` are height and

@@ -31,7 +31,7 @@ class TensorInfo:
 
 
 def size_of(dimension: int | str, symbols: Mapping[str, Any]) -> Any:
-    """The value of one dimension of a graph's shape: ``"4*rows"`` with ``{"rows": 16}`` is 64.
+    """Return the value of one dimension of a graph's shape: ``"4*rows"`` with ``{"rows": 16}`` is 64.
 
     The symbols may also stand for dimensions of ``torch.export``.
     """
@@ -42,7 +42,7 @@ def size_of(dimension: int | str, symbols: Mapping[str, Any]) -> Any:
 
 
 def symbol_of(dimension: str) -> str:
-    """The symbol in one dimension of a graph's shape: ``"rows"`` of ``"4*rows"``."""
+    """Return the symbol in one dimension of a graph's shape: ``"rows"`` of ``"4*rows"``."""
     return _parsed(dimension)[1]
 
 

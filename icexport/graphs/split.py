@@ -12,6 +12,6 @@ from icexport.models.loading import ModelSource
 
 
 def split(source: ModelSource, dtype: torch.dtype) -> Iterator[Graph]:
-    """The graphs of a model in ``dtype``, one component in memory at a time: a caller keeps none of them."""
+    """Return the graphs of a model in ``dtype``, one component in memory at a time: a caller keeps none of them."""
     graphs: Iterator[Graph] = importlib.import_module(source.family.graphs).split(source, dtype)
     return graphs

@@ -61,7 +61,7 @@ class ControlNetGraph(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, prompt_embeds: Tensor, control_map: Tensor, residual_scale: Tensor
     ) -> tuple[Tensor, ...]:
-        """Residual i of sample b times ``residual_scale[b, i]``; the middle block's is the last."""
+        """Return the residual i of sample b times ``residual_scale[b, i]``; the middle block's is the last."""
         down, mid = self.controlnet(
             sample, timestep, encoder_hidden_states=prompt_embeds, controlnet_cond=control_map, return_dict=False
         )
@@ -111,7 +111,7 @@ class ProbeGraph(nn.Module):
         self.probe = probe
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor]:
-        """``reading [b,C,h,w]`` in [-1,1] of the taps of the conditional half and the time embedding ``[1,E]``.
+        """Return ``reading [b,C,h,w]`` in [-1,1] of the taps of the conditional half and the time embedding ``[1,E]``.
 
         A probe that is not conditioned on the timestep takes no time embedding.
         """
@@ -154,7 +154,7 @@ def split(source: ModelSource, dtype: torch.dtype) -> Iterator[Graph]:
 
 
 def text_encoder_graph(text_encoder: CLIPTextModel, dtype: torch.dtype) -> Graph:
-    """The text encoder's graph; run once per prompt."""
+    """Return the text encoder's graph; run once per prompt."""
     config = text_encoder.config
     length = config.max_position_embeddings
     return Graph(
@@ -166,7 +166,7 @@ def text_encoder_graph(text_encoder: CLIPTextModel, dtype: torch.dtype) -> Graph
 
 
 def controlnet_graph(controlnet: ControlNetModel, text_length: int, factor: int, dtype: torch.dtype) -> Graph:
-    """The ControlNet's graph.
+    """Return the ControlNet's graph.
 
     Args:
         controlnet: the model.
@@ -204,7 +204,7 @@ def unet_graph(
     dtype: torch.dtype,
     train_timesteps: int = 1000,
 ) -> Graph:
-    """The UNet's graph, with what the probe reads as outputs; None for a bundle without a probe."""
+    """Return the UNet's graph, with what the probe reads as outputs; None for a bundle without a probe."""
     config = unet.config
     module = UNetGraph(unet, probe, train_timesteps)
     multiple = latent_multiple(config)
@@ -218,7 +218,7 @@ def unet_graph(
 
 
 def probe_graph(probe: InnerControlProbe, unet: UNet2DConditionModel, dtype: torch.dtype) -> Graph:
-    """The probe's graph; its batch is the conditional half."""
+    """Return the probe's graph; its batch is the conditional half."""
     taps = Taps(unet, probe.config.tap_kind)
     multiple = latent_multiple(unet.config)
     width = probe.config.time_embed_dim
@@ -229,7 +229,7 @@ def probe_graph(probe: InnerControlProbe, unet: UNet2DConditionModel, dtype: tor
 
 
 def vae_decoder_graph(vae: AutoencoderKL, multiple: int, dtype: torch.dtype) -> Graph:
-    """The decoder's graph. ``multiple`` is the UNet's ``latent_multiple``: sizes move in those steps."""
+    """Return the decoder's graph. ``multiple`` is the UNet's ``latent_multiple``: sizes move in those steps."""
     config = vae.config
     latents = TensorSpec("latents", dtype, _map_shape("pictures", config["latent_channels"], multiple))
     pixels = TensorSpec("pixels", dtype, _map_shape("pictures", config["out_channels"], multiple * vae_factor(config)))
@@ -237,7 +237,7 @@ def vae_decoder_graph(vae: AutoencoderKL, multiple: int, dtype: torch.dtype) -> 
 
 
 def _map_shape(count: Count, channels: int, cells: int) -> tuple[int | str, ...]:
-    """``[count, channels, cells*rows, cells*columns]`` with one cell written without a factor."""
+    """Return ``[count, channels, cells*rows, cells*columns]`` with one cell written without a factor."""
     return (count, channels, *(f"{cells}*{axis}" if cells > 1 else axis for axis in ("rows", "columns")))
 
 

@@ -35,7 +35,7 @@ class Stamp:
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
-        """The stamp of a file.
+        """Return the stamp of a file.
 
         Raises:
             OSError: it is not there.
@@ -44,7 +44,7 @@ class Stamp:
         return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
     def settled(self, now_ns: int) -> bool:
-        """Whether it tells the file, as it was at this time, from every later state of it."""
+        """Tell whether it tells the file, as it was at this time, from every later state of it."""
         return self.mtime_ns <= now_ns - _SETTLED_NS
 
 
@@ -62,7 +62,7 @@ class Hashes:
         self._known: dict[Path, _Known] = {}
 
     def __call__(self, path: Path) -> str:
-        """SHA-256 of a file, in hexadecimal.
+        """Return the SHA-256 of a file, in hexadecimal.
 
         Raises:
             OSError: it cannot be read.
@@ -83,12 +83,12 @@ class Hashes:
             return
 
     def settled(self, path: Path) -> Stamp | None:
-        """The stamp by which a hashed file can be known again; None: it was too new for that."""
+        """Return the stamp by which a hashed file can be known again; None: it was too new for that."""
         known = self._known.get(path.absolute())
         return known.stamp if known is not None and known.settled else None
 
     def changed(self, paths: Iterable[Path]) -> list[Path]:
-        """Those of the hashed files that are no longer what they were when they were hashed."""
+        """Return those of the hashed files that are no longer what they were when they were hashed."""
         return [path for path in paths if self._has_changed(path)]
 
     def _has_changed(self, path: Path) -> bool:
@@ -100,7 +100,7 @@ class Hashes:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     found = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(1 << 20):
@@ -109,7 +109,7 @@ def sha256(path: Path) -> str:
 
 
 def digest(data: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON-able mapping, independent of the order of its keys."""
+    """Return the SHA-256 of a JSON-able mapping, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -180,7 +180,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def finite(value: Any) -> Any:
-    """A JSON-able value with null where a number is NaN or infinite, which JSON lacks."""
+    """Return a JSON-able value with null where a number is NaN or infinite, which JSON lacks."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

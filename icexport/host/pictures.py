@@ -24,7 +24,7 @@ MAX_PIXELS = 64_000_000
 
 
 def read_picture(path: Path, transparent: str = "white") -> Image.Image:
-    """A picture file as RGB, turned upright as its EXIF data says.
+    """Return a picture file as RGB, turned upright as its EXIF data says.
 
     Args:
         path: any format that Pillow reads; of several frames the first.
@@ -66,7 +66,7 @@ def fit(image: Image.Image, width: int, height: int, how: Fit) -> Image.Image:
 
 
 def pad(control_map: Image.Image, width: int, height: int) -> Image.Image:
-    """A control map in the middle of a black one, which controls nothing."""
+    """Return a control map in the middle of a black one, which controls nothing."""
     padded = Image.new("RGB", (width, height))
     padded.paste(control_map, ((width - control_map.width) // 2, (height - control_map.height) // 2))
     return padded
@@ -85,7 +85,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a picture of any 8-bit mode to RGB, transparent parts on white.
 
     Raises:
-        ConditionError: If it has more than 8 bits a channel, which Pillow would clip without a word.
+        ConditionError: if it has more than 8 bits a channel, which Pillow would clip without a word.
     """
     if image.mode.startswith(("I", "F")):
         raise ConditionError(f"The picture has mode {image.mode!r} (more than 8 bits); save it with 8 bits a channel.")
@@ -96,12 +96,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB picture as ``[1,3,H,W]`` float32 in [0,1]."""
+    """Return an RGB picture as ``[1,3,H,W]`` float32 in [0,1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """A map ``[1|3,H,W]`` in [0,1] as an RGB picture, rounded to 8 bits."""
+    """Return a map ``[1|3,H,W]`` in [0,1] as an RGB picture, rounded to 8 bits."""
     levels = (255 * round_to_8bit(pixels)).round().byte().expand(3, -1, -1)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
 

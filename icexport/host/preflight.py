@@ -22,7 +22,7 @@ def check_torchvision() -> None:
     or transformers. Reads the metadata of the two packages, and imports neither.
 
     Raises:
-        IcexportError: If torchvision requires another version of torch, or needs the CUDA that torch lacks.
+        IcexportError: if torchvision requires another version of torch, or needs the CUDA that torch lacks.
     """
     try:
         torch, torchvision = distribution("torch"), distribution("torchvision")

@@ -15,12 +15,12 @@ _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxrunti
 
 
 def versions() -> dict[str, str]:
-    """Versions of icexport and of the libraries that shape a bundle."""
+    """Return the versions of icexport and of the libraries that shape a bundle."""
     return {"icexport": __version__, **{name: installed(name) for name in _TOOLS}}
 
 
 def installed(name: str) -> str:
-    """Version of a package; ONNX Runtime has another name where it is built for GPUs.
+    """Return the version of a package; ONNX Runtime has another name where it is built for GPUs.
 
     Raises:
         PackageNotFoundError: it is not installed.
@@ -34,7 +34,7 @@ def installed(name: str) -> str:
 
 
 def version_of(name: str) -> str | None:
-    """Version of a package; None: it is not installed."""
+    """Return the version of a package; None: it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -42,7 +42,7 @@ def version_of(name: str) -> str | None:
 
 
 def machine(device: str = "cpu") -> dict[str, str]:
-    """Processor and GPU, cores, threads, versions, and the commit where this is a checkout."""
+    """Return the processor and GPU, cores, threads, versions, and the commit where this is a checkout."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

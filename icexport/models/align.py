@@ -65,7 +65,7 @@ def from_official(state: Mapping[str, Tensor], config: ProbeConfig) -> InnerCont
 
 
 def to_official(probe: InnerControlProbe) -> dict[str, Tensor]:
-    """The weights under the names of the official network, for its strict ``load_state_dict``.
+    """Return the weights under the names of the official network, for its strict ``load_state_dict``.
 
     Raises:
         UsageError: the probe has no time layers, which the official network always has.
@@ -82,7 +82,7 @@ def to_official(probe: InnerControlProbe) -> dict[str, Tensor]:
 
 
 def _official_names(probe: InnerControlProbe) -> dict[str, tuple[str, ...]]:
-    """Our name of each tensor -> the official tensors that it stacks."""
+    """Return our name of each tensor -> the official tensors that it stacks."""
     config = probe.config
     sequential = "0." if config.unused_time_embed_dim is not None else ""
     names: dict[str, tuple[str, ...]] = {}
@@ -107,22 +107,22 @@ def read_align_model(
     timestep_convention: TimestepConvention,
     provenance: Mapping[str, str],
 ) -> tuple[InnerControlProbe, list[str]]:
-    """Checks the payload of an align model, then builds the probe.
+    """Check the payload of an align model, then builds the probe.
 
     Args:
-        payload: What the file held.
+        payload: what the file held.
         condition: name of the condition; the payload does not record it.
-        taps: Kind of taps; None: as the dims or ``model_id`` tell.
-        control_range: Reading values (lo, hi) for 0 and 1 of the control map; None: as recorded, else (-1, 1).
-        timestep_convention: To record; a network that never sees the embedding gets ``"none"``.
-        provenance: To record.
+        taps: kind of taps; None: as the dims or ``model_id`` tell.
+        control_range: reading values (lo, hi) for 0 and 1 of the control map; None: as recorded, else (-1, 1).
+        timestep_convention: to record; a network that never sees the embedding gets ``"none"``.
+        provenance: to record.
 
     Returns:
         The probe, and a sentence for every assumption made.
 
     Raises:
-        CheckpointError: Another kind of model, or one that contradicts itself; all faults are listed.
-        UsageError: Condition or kind of taps must be given, or the kind contradicts the dims.
+        CheckpointError: another kind of model, or one that contradicts itself; all faults are listed.
+        UsageError: condition or kind of taps must be given, or the kind contradicts the dims.
     """
     config, state = _parts(payload)
     aggregation = _mapping(config, "aggregation_kwargs")
@@ -228,7 +228,7 @@ def _head_channels(aggregation: Mapping[str, Any], state: Mapping[str, Tensor]) 
 
 
 def _layers(state: Mapping[str, Tensor], aggregation: Mapping[str, Any]) -> tuple[int, bool, list[str]]:
-    """Number of bottlenecks, whether they are sequential, and what is wrong with that."""
+    """Return the number of bottlenecks, whether they are sequential, and what is wrong with that."""
     found = [match for name in state if (match := re.match(r"bottleneck_layers\.(\d+)\.(0\.)?", name))]
     nested = {bool(match[2]) for match in found}
     recorded = aggregation.get("bottleneck_sequential")
@@ -250,7 +250,7 @@ def _time_width(state: Mapping[str, Tensor]) -> int:
 
 
 def _resolve_taps(total: int, model_id: object, asked: TapKind | None) -> tuple[TapKind, str]:
-    """The kind of taps, and the UNet that has them."""
+    """Return the kind of taps, and the UNet that has them."""
     kinds = _BACKBONES.get(total, {})
     if asked:
         if kinds and asked not in kinds:

@@ -18,12 +18,12 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file onto the CPU.
+    """Read a safetensors file onto the CPU.
 
     The tensors are views of the mapped file: clone those that must outlive a change of the file.
 
     Raises:
-        CheckpointError: The file is missing, cut short or damaged.
+        CheckpointError: the file is missing, cut short or damaged.
     """
     try:
         return load_file(path)
@@ -43,10 +43,10 @@ def download(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Fetches one file of a Hugging Face Hub repository, or finds it in the cache.
+    """Fetch one file of a Hugging Face Hub repository, or finds it in the cache.
 
     Raises:
-        CheckpointError: The repository or file does not exist or cannot be reached.
+        CheckpointError: the repository or file does not exist or cannot be reached.
     """
     try:
         return Path(
@@ -70,8 +70,8 @@ def state_problems(expected: Mapping[str, Tensor], found: Mapping[str, object]) 
     """Lists every way in which a state dict does not fit: names, types, shapes, non-finite values.
 
     Args:
-        expected: Tensors with the right names and shapes, for example on the meta device.
-        found: What to judge. Values are looked at only where the shape is right.
+        expected: tensors with the right names and shapes, for example on the meta device.
+        found: what to judge. Values are looked at only where the shape is right.
 
     Returns:
         One line per fault, sorted; empty if ``found`` fits.

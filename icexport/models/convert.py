@@ -62,13 +62,13 @@ class ConvertReport:
     """What ``convert`` did.
 
     Attributes:
-        kind: What the input was.
-        output: The folder written.
-        source_sha256: Hash of the weights file that was read.
-        tensors: Number of tensors of the network.
-        values: Number of values in them.
-        config: The config written.
-        warnings: Assumptions made; they are logged, too.
+        kind: what the input was.
+        output: the folder written.
+        source_sha256: hash of the weights file that was read.
+        tensors: number of tensors of the network.
+        values: number of values in them.
+        config: the config written.
+        warnings: assumptions made; they are logged, too.
     """
 
     kind: Literal["probe", "controlnet"]
@@ -90,21 +90,21 @@ def convert(
     timestep_convention: TimestepConvention = "true",
     force: bool = False,
 ) -> ConvertReport:
-    """Converts an official align model or a ControlNet folder to safetensors. No code inside the input is ever run.
+    """Convert an official align model or a ControlNet folder to safetensors. No code inside the input is ever run.
 
     Args:
-        source: Align model (``.pt``), or a ControlNet folder with its ``config.json``.
-        output: Folder to write; it appears only when complete.
-        cond: Condition; needed for an align model, which does not record it.
-        taps: Kind of taps of an align model; needed if neither its dims nor its config tell.
-        control_range: Reading values (lo, hi) for 0 and 1 of the control map; None: as the align model records, else
+        source: align model (``.pt``), or a ControlNet folder with its ``config.json``.
+        output: folder to write; it appears only when complete.
+        cond: condition; needed for an align model, which does not record it.
+        taps: kind of taps of an align model; needed if neither its dims nor its config tell.
+        control_range: reading values (lo, hi) for 0 and 1 of the control map; None: as the align model records, else
             (-1, 1) with a warning.
-        timestep_convention: Recorded with an align model; the official code uses it with ``"true"``.
-        force: Replace an output that ``convert`` wrote before.
+        timestep_convention: recorded with an align model; the official code uses it with ``"true"``.
+        force: replace an output that ``convert`` wrote before.
 
     Raises:
-        UsageError: Arguments do not fit the input, or ``output`` exists.
-        CheckpointError: The input is damaged, unsafe, inconsistent or of another kind; all faults are listed.
+        UsageError: arguments do not fit the input, or ``output`` exists.
+        CheckpointError: the input is damaged, unsafe, inconsistent or of another kind; all faults are listed.
     """
     output = output.resolve()
     _check_output(output, force)
@@ -195,7 +195,7 @@ def _controlnet_tensors(config: Mapping[str, Any], path: Path) -> dict[str, Tens
 
 
 def _read_pickle(path: Path, max_bytes: int) -> object:
-    """Reads tensors and plain containers from a pickle; everything else is refused before it is built."""
+    """Read tensors and plain containers from a pickle; everything else is refused before it is built."""
     try:
         size = path.stat().st_size
         if zipfile.is_zipfile(path):  # the layout of torch.save since 1.6: its entries could be compressed
@@ -228,7 +228,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def _write(output: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a sibling folder, then puts it in the place of ``output``: no half output is ever seen."""
+    """Fill a sibling folder, then puts it in the place of ``output``: no half output is ever seen."""
     try:
         with replacing(output) as folder:
             fill(folder)

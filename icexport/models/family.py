@@ -88,7 +88,7 @@ FAMILIES = {family.name: family for family in (STABLE_DIFFUSION,)}
 
 
 def family_of(pipeline: str | None) -> Family:
-    """The family of a base model.
+    """Return the family of a base model.
 
     Args:
         pipeline: class name in its ``model_index.json``; None: it has none.
@@ -97,7 +97,7 @@ def family_of(pipeline: str | None) -> Family:
 
 
 def family(name: str) -> Family:
-    """The family called ``name``.
+    """Return the family called ``name``.
 
     Raises:
         CheckpointError: this icexport knows no such family.

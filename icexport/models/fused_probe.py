@@ -22,7 +22,7 @@ class FusedProbe(nn.Module):
     """Runs an ``InnerControlProbe`` through ``torch.ops.icexport``.
 
     Args:
-        probe: Whose parameters and config are used; they are shared. Only the time layers are copied, to run as one.
+        probe: whose parameters and config are used; they are shared. Only the time layers are copied, to run as one.
     """
 
     time_weight: Tensor
@@ -40,17 +40,17 @@ class FusedProbe(nn.Module):
                 self.register_buffer(f"time_{name}", stacked, persistent=False)
 
     def forward(self, taps: Sequence[Tensor], time_embedding: Tensor | None = None) -> Tensor:
-        """Reads the control map; arguments and result are those of ``InnerControlProbe.forward``.
+        """Read the control map; arguments and result are those of ``InnerControlProbe.forward``.
 
         Args:
-            taps: One [B, dims[i], H_i, W_i] tensor per tap, coarse to fine.
+            taps: one [B, dims[i], H_i, W_i] tensor per tap, coarse to fine.
             time_embedding: [B or 1, time_embed_dim]; not used when the config's ``time_embed_dim`` is None.
 
         Returns:
             [B, out_channels, output_scale * H, output_scale * W] for the last tap's H and W.
 
         Raises:
-            ValueError: The number of taps or their channels do not fit the config.
+            ValueError: the number of taps or their channels do not fit the config.
         """
         height, width = (side * self.config.output_scale for side in taps[-1].shape[-2:])
         mix = self.probe.mixing_weights.softmax(0)
@@ -68,7 +68,7 @@ class FusedProbe(nn.Module):
     def _add_tap(
         self, total: Tensor, layer: Any, tap: Tensor, shift: Tensor, still: Tensor, mix: Tensor, index: int
     ) -> Tensor:
-        """``total + mix[index] * bottleneck(tap)``; all [B, projection_dim, H, W]."""
+        """Return ``total + mix[index] * bottleneck(tap)``; all [B, projection_dim, H, W]."""
         height, width = total.shape[-2:]
         inner = layer.norm1.num_channels
 

@@ -112,7 +112,7 @@ class ModelSource:
             )
 
     def config(self, part: str) -> dict[str, Any]:
-        """A component's config as its file has it; of the scheduler, too.
+        """Return a component's config as its file has it; of the scheduler, too.
 
         Raises:
             CheckpointError: it is missing or no JSON object.
@@ -151,7 +151,7 @@ class ModelSource:
         return folders | ({} if self.probe_folder is None else {"probe": self.probe_folder})
 
     def elements(self) -> int:
-        """Number of weights of all parts, from the headers of their files.
+        """Return the number of weights of all parts, from the headers of their files.
 
         Raises:
             CheckpointError: naming every file that is damaged or cut short.
@@ -168,27 +168,27 @@ class ModelSource:
         return count
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
-        """The UNet; like all of these, on the CPU, frozen, and checked key by key."""
+        """Return the UNet; like all of these, on the CPU, frozen, and checked key by key."""
         return load_unet(self.base / "unet", dtype)
 
     def vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        """The autoencoder; see ``unet``."""
+        """Return the autoencoder; see ``unet``."""
         return load_vae(self.base / "vae", dtype)
 
     def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
-        """The text encoder; see ``unet``."""
+        """Return the text encoder; see ``unet``."""
         return load_text_encoder(self.base / "text_encoder", dtype)
 
     def controlnet_model(self, dtype: torch.dtype) -> ControlNetModel:
-        """The ControlNet; see ``unet``."""
+        """Return the ControlNet; see ``unet``."""
         return load_controlnet(self.controlnet_folder, dtype)
 
     def probe_model(self, dtype: torch.dtype) -> InnerControlProbe | None:
-        """The probe; None: the bundle has none."""
+        """Return the probe; None: the bundle has none."""
         return None if self.probe_folder is None else load_probe(self.probe_folder, dtype)
 
     def tokenizer(self) -> CLIPTokenizer:
-        """The tokenizer of the text encoder."""
+        """Return the tokenizer of the text encoder."""
         from transformers import CLIPTokenizer
 
         return CLIPTokenizer.from_pretrained(self.base / "tokenizer")  # type: ignore[no-any-return]
@@ -206,7 +206,7 @@ def _defaults(part: str) -> dict[str, Any]:
 
 
 def find_base(model: str) -> tuple[Path, Family]:
-    """Folder and family of a base model.
+    """Return the folder and family of a base model.
 
     Args:
         model: ``reference``, a folder or a Hub id.
@@ -225,12 +225,12 @@ def find_base(model: str) -> tuple[Path, Family]:
 
 
 def _all_parts() -> tuple[str, ...]:
-    """Folders that a base model of any family may have, and its index."""
+    """Return folders that a base model of any family may have, and its index."""
     return tuple(dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))
 
 
 def _pipeline_class(base: Path) -> str | None:
-    """The pipeline that a folder was saved by, if it says so."""
+    """Return the pipeline that a folder was saved by, if it says so."""
     try:
         index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not every folder has one, and nothing else of it is used
@@ -239,7 +239,7 @@ def _pipeline_class(base: Path) -> str | None:
 
 
 def locate(name: str, parts: tuple[str, ...] = ()) -> Path:
-    """A folder as it is, or the snapshot of a Hub repository with the needed files only."""
+    """Return a folder as it is, or the snapshot of a Hub repository with the needed files only."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -259,7 +259,7 @@ def locate(name: str, parts: tuple[str, ...] = ()) -> Path:
 
 
 def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A UNet of diffusers from a folder.
+    """Return a UNet of diffusers from a folder.
 
     Args:
         folder: ``config.json`` and safetensors; nothing else is read, and no pickle.
@@ -277,28 +277,28 @@ def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
 
 
 def load_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
-    """An autoencoder of diffusers; see ``load_unet``."""
+    """Return an autoencoder of diffusers; see ``load_unet``."""
     from diffusers import AutoencoderKL
 
     return _load(AutoencoderKL, folder, dtype)
 
 
 def load_controlnet(folder: Path, dtype: torch.dtype) -> ControlNetModel:
-    """A ControlNet of diffusers; see ``load_unet``."""
+    """Return a ControlNet of diffusers; see ``load_unet``."""
     from diffusers import ControlNetModel
 
     return _load(ControlNetModel, folder, dtype)
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
-    """A CLIP text encoder of transformers; see ``load_unet``."""
+    """Return a CLIP text encoder of transformers; see ``load_unet``."""
     from transformers import CLIPTextModel
 
     return _load(CLIPTextModel, folder, dtype)  # type: ignore[return-value]
 
 
 def load_probe(folder: Path, dtype: torch.dtype) -> InnerControlProbe:
-    """A probe, as ``InnerControlProbe.save_pretrained`` writes it; see ``load_unet``."""
+    """Return a probe, as ``InnerControlProbe.save_pretrained`` writes it; see ``load_unet``."""
     from icexport.models.probe import InnerControlProbe
 
     return InnerControlProbe.from_pretrained(folder).to(dtype).eval().requires_grad_(False)

@@ -68,7 +68,7 @@ REFERENCE = PRECISIONS["fp32"]
 
 
 def precision(name: str) -> Precision:
-    """The precision called ``name``.
+    """Return the precision called ``name``.
 
     Raises:
         UsageError: there is none of this name; those that exist are listed.

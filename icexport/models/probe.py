@@ -36,29 +36,29 @@ class ProbeConfig:
     """What a probe reads, how it is built and what its reading means.
 
     Attributes:
-        dims: Channels of each tap, coarse to fine.
-        projection_dim: Channels P of the aggregated map; the bottlenecks work at P / 4.
-        num_groups: Groups of every GroupNorm; divides P / 4.
-        head_dims: Channels of the 3x3 convolutions of the head.
-        out_channels: Channels of the reading.
-        head_tanh: Whether the head ends in Tanh, which bounds the reading to [-1, 1].
-        time_embed_dim: Width of the UNet's time embedding; None: the probe is not conditioned on the timestep.
-        unused_time_embed_dim: Only for official files with ``bottleneck_sequential``: they hold time layers of this
+        dims: channels of each tap, coarse to fine.
+        projection_dim: channels P of the aggregated map; the bottlenecks work at P / 4.
+        num_groups: groups of every GroupNorm; divides P / 4.
+        head_dims: channels of the 3x3 convolutions of the head.
+        out_channels: channels of the reading.
+        head_tanh: whether the head ends in Tanh, which bounds the reading to [-1, 1].
+        time_embed_dim: width of the UNet's time embedding; None: the probe is not conditioned on the timestep.
+        unused_time_embed_dim: only for official files with ``bottleneck_sequential``: they hold time layers of this
             width that their network never runs. Kept so that ``align.to_official`` gives back the whole file.
-        tap_kind: Which taps the probe reads.
-        output_scale: Size of the reading over the size of the finest tap.
-        condition: Name of the condition that the probe reads; None: not known.
-        normaliser: What a consumer applies to the reading, mapped to [0, 1], before comparing it with
+        tap_kind: which taps the probe reads.
+        output_scale: size of the reading over the size of the finest tap.
+        condition: name of the condition that the probe reads; None: not known.
+        normaliser: what a consumer applies to the reading, mapped to [0, 1], before comparing it with
             ``icexport.fidelity.normalise.control_target`` of the control map: ``"identity"``; ``"max"``: mean over
             channels, divided by the maximum of the picture; ``"minmax_inverted"``: mean over channels, min-max of the
             picture, then 1 - x.
-        control_range: Reading values (lo, hi) that stand for 0 and 1 of the control map: x -> (x - lo) / (hi - lo).
-        timestep_convention: Which timestep's embedding the probe was made for: ``"true"``: the UNet's t;
+        control_range: reading values (lo, hi) that stand for 0 and 1 of the control map: x -> (x - lo) / (hi - lo).
+        timestep_convention: which timestep's embedding the probe was made for: ``"true"``: the UNet's t;
             ``"mirrored"``: T - t, for a noise schedule of T steps; ``"none"``: any.
-        provenance: Free text about the origin, for example the SHA-256 of the source file.
+        provenance: free text about the origin, for example the SHA-256 of the source file.
 
     Raises:
-        UsageError: Fields do not fit together; all faults are listed.
+        UsageError: fields do not fit together; all faults are listed.
 
     Source: InnerControl (arXiv 2507.02321); defaults are those of its released probes.
     """
@@ -80,7 +80,7 @@ class ProbeConfig:
     provenance: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks every field; JSON lists are taken for tuples."""
+        """Check every field; JSON lists are taken for tuples."""
         for name in ("dims", "head_dims", "control_range"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -129,19 +129,19 @@ class ProbeConfig:
         return self.timestep_convention == "mirrored"
 
     def read_timestep(self, timestep: Tensor, train_timesteps: int) -> Tensor:
-        """The timestep whose embedding the probe reads with, where the UNet runs at ``timestep`` of so many."""
+        """Return the timestep whose embedding the probe reads with, where the UNet runs at ``timestep`` of so many."""
         return train_timesteps - timestep if self.mirrored else timestep
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, with ``_class_name`` as in diffusers configs."""
+        """Return the JSON form, with ``_class_name`` as in diffusers configs."""
         return {"_class_name": InnerControlProbe.__name__, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: object) -> ProbeConfig:
-        """Reads the JSON form.
+        """Read the JSON form.
 
         Raises:
-            UsageError: No JSON object, unknown or missing fields, another ``_class_name``, or values that do not fit.
+            UsageError: no JSON object, unknown or missing fields, another ``_class_name``, or values that do not fit.
         """
         if not isinstance(values, dict):
             raise UsageError(f"Expected a JSON object, got {type(values).__name__}.")
@@ -163,7 +163,7 @@ class InnerControlProbe(nn.Module):
     """Reads a control map out of UNet taps, at one denoising step.
 
     Args:
-        config: Sizes of the network and the meaning of its reading.
+        config: sizes of the network and the meaning of its reading.
 
     Source: ``AggregationNetwork`` of Diffusion Hyperfeatures (arXiv 2305.14334) as used by InnerControl (2507.02321).
     """
@@ -181,10 +181,10 @@ class InnerControlProbe(nn.Module):
         self.output_head = nn.Sequential(*layers, nn.Conv2d(channels, config.out_channels, 1))
 
     def forward(self, taps: Sequence[Tensor], time_embedding: Tensor | None = None) -> Tensor:
-        """Reads the control map.
+        """Read the control map.
 
         Args:
-            taps: One [B, dims[i], H_i, W_i] tensor per tap, coarse to fine, as ``Taps.record`` gives them.
+            taps: one [B, dims[i], H_i, W_i] tensor per tap, coarse to fine, as ``Taps.record`` gives them.
             time_embedding: [B or 1, time_embed_dim], ``unet.time_embedding(unet.time_proj(t))``, before its SiLU. Not
                 used when the config's ``time_embed_dim`` is None.
 
@@ -193,7 +193,7 @@ class InnerControlProbe(nn.Module):
             ``head_tanh``; ``config.control_range`` and ``config.normaliser`` say what the values mean.
 
         Raises:
-            UsageError: Taps or time embedding do not fit the config.
+            UsageError: taps or time embedding do not fit the config.
         """
         channels = tuple(tap.shape[1] for tap in taps)
         if channels != self.config.dims:
@@ -219,7 +219,7 @@ class InnerControlProbe(nn.Module):
         return reading.tanh() if self.config.head_tanh else reading
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes ``config.json`` and ``probe.safetensors``, whose metadata repeats the config, into ``directory``."""
+        """Write ``config.json`` and ``probe.safetensors``, whose metadata repeats the config, into ``directory``."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         values = self.config.to_dict()
@@ -239,18 +239,18 @@ class InnerControlProbe(nn.Module):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> InnerControlProbe:
-        """Loads what ``save_pretrained`` wrote, in float32 on the CPU.
+        """Load what ``save_pretrained`` wrote, in float32 on the CPU.
 
         Args:
-            name_or_path: A folder, or the id of a Hugging Face Hub repository.
-            subfolder: Folder inside of it.
+            name_or_path: a folder, or the id of a Hugging Face Hub repository.
+            subfolder: folder inside of it.
             token: Hub token; None: the stored one.
             revision: Hub branch, tag or commit.
             cache_dir: Hub cache.
-            local_files_only: Do not go to the network.
+            local_files_only: do not go to the network.
 
         Raises:
-            CheckpointError: Files are missing, damaged or do not fit each other; all faults are listed.
+            CheckpointError: files are missing, damaged or do not fit each other; all faults are listed.
         """
         folder = Path(name_or_path, subfolder)
         if folder.is_dir():
@@ -276,7 +276,7 @@ class InnerControlProbe(nn.Module):
 
     @classmethod
     def from_state(cls, config: ProbeConfig, state: Mapping[str, Tensor], source: str) -> InnerControlProbe:
-        """A probe from its tensors, in float32 on the CPU, whatever their floating-point type.
+        """Return a probe from its tensors, in float32 on the CPU, whatever their floating-point type.
 
         Args:
             config: what fits them.

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per latent cell and side of an autoencoder with this config."""
+    """Return pixels per latent cell and side of an autoencoder with this config."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
@@ -22,7 +22,7 @@ def latent_multiple(unet_config: Mapping[str, Any]) -> int:
 
 
 def residual_channels(unet_config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
-    """(channels, downsampling) of every ControlNet residual in order, the middle block's last."""
+    """Return (channels, downsampling) of every ControlNet residual in order, the middle block's last."""
     channels, layers = unet_config["block_out_channels"], unet_config["layers_per_block"]
     layers = [layers] * len(channels) if isinstance(layers, int) else layers
     found = [(channels[0], 1)]
@@ -34,5 +34,5 @@ def residual_channels(unet_config: Mapping[str, Any]) -> tuple[tuple[int, int], 
 
 
 def control_map_factor(controlnet_config: Mapping[str, Any]) -> int:
-    """Pixels of the control map per latent cell and side, by which a ControlNet's embedding shrinks it."""
+    """Return pixels of the control map per latent cell and side, by which a ControlNet's embedding shrinks it."""
     return int(2 ** (len(controlnet_config["conditioning_embedding_out_channels"]) - 1))

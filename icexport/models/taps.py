@@ -22,19 +22,19 @@ class Taps:
     """The taps of one UNet, in up-block order: coarse to fine.
 
     Args:
-        unet: A ``UNet2DConditionModel``; it is neither run nor changed here.
+        unet: a ``UNet2DConditionModel``; it is neither run nor changed here.
         kind: ``"attn"``: output of the self-attention ``attn1`` of the first transformer block of each attention
             module, before the residual add. ``"conv"``: output of the second convolution of each resnet, before the
             skip add.
 
     Attributes:
-        kind: As given.
-        names: Path of each tapped module in the UNet.
-        dims: Channels of each tap.
-        scales: How many times smaller than the latent each tap is, per side.
+        kind: as given.
+        names: path of each tapped module in the UNet.
+        dims: channels of each tap.
+        scales: how many times smaller than the latent each tap is, per side.
 
     Raises:
-        UsageError: The kind is unknown, or the up blocks have no such module.
+        UsageError: the kind is unknown, or the up blocks have no such module.
 
     Source: InnerControl (arXiv 2507.02321) taps ``attn``, Readout Guidance (arXiv 2312.02150) ``conv``.
     """
@@ -67,15 +67,15 @@ class Taps:
 
     @contextmanager
     def record(self) -> Iterator[list[Tensor]]:
-        """Records the taps of the UNet forward that runs inside the ``with`` block.
+        """Record the taps of the UNet forward that runs inside the ``with`` block.
 
         Yields:
             A list, empty at first; after the forward it holds one [B, C, H, W] tensor per tap, in the order of
             ``names`` and in the UNet's dtype, part of the autograd graph. A second forward replaces the first's.
 
         Raises:
-            UnsupportedOptionError: Gradient checkpointing is on: the recomputation would record every tap again.
-            UsageError: No forward ran, or the hooks were not called (a UNet that was compiled before).
+            UnsupportedOptionError: gradient checkpointing is on: the recomputation would record every tap again.
+            UsageError: no forward ran, or the hooks were not called (a UNet that was compiled before).
         """
         if self._unet.is_gradient_checkpointing:
             raise UnsupportedOptionError(
@@ -105,7 +105,7 @@ class Taps:
 
 
 def _block_taps(block: nn.Module, kind: TapKind) -> Iterator[tuple[str, int]]:
-    """Yields (path in the up block, channels) of each tap of ``block``."""
+    """Yield (path in the up block, channels) of each tap of ``block``."""
     if kind == "conv":
         for index, resnet in enumerate(block.resnets):  # type: ignore[arg-type]
             yield f"resnets.{index}.conv2", resnet.conv2.out_channels

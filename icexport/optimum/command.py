@@ -84,7 +84,7 @@ def unregister() -> Path:
 
 
 def _register_folder() -> Path:
-    """optimum-onnx's own folder of command files."""
+    """Return optimum-onnx's own folder of command files."""
     try:
         spec = find_spec("optimum.commands.register")
     except ModuleNotFoundError:

@@ -124,7 +124,7 @@ class GraphConfig(OnnxConfig):  # type: ignore[misc]
         return _free_axes(self._graph.outputs)
 
     def generate_dummy_inputs(self, framework: str = "pt", **shapes: int) -> dict[str, Any]:
-        """Seeded inputs as torch tensors or, for framework ``np``, arrays.
+        """Return seeded inputs as torch tensors or, for framework ``np``, arrays.
 
         Args:
             framework: ``pt`` or ``np``.
@@ -156,7 +156,7 @@ class GraphConfig(OnnxConfig):  # type: ignore[misc]
 
 
 def _parts(pipeline: Any, source: ModelSource, float_dtype: str) -> dict[str, tuple[Part, GraphConfig]]:
-    """Part and config of each graph by name."""
+    """Return the part and config of each graph by name."""
     dtype = precision(float_dtype).torch
     unet = pipeline.unet
     length = pipeline.text_encoder.config.max_position_embeddings

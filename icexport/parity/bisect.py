@@ -28,7 +28,7 @@ _PORTION = 32
 
 
 def first_bad_layer(path: Path, graph: Graph, case: Case, allowed: float) -> str | None:
-    """Path of the first module whose output differs from the float32 reference by more than ``allowed``.
+    """Return the path of the first module whose output differs from the float32 reference by more than ``allowed``.
 
     Args:
         path: the ONNX file.
@@ -43,7 +43,7 @@ def first_bad_layer(path: Path, graph: Graph, case: Case, allowed: float) -> str
 
 
 def first_bad_module(model: onnx.ModelProto, folder: Path, graph: Graph, case: Case, allowed: float) -> str | None:
-    """``first_bad_layer`` for a model in memory, whose weights lie in ``folder``."""
+    """Return ``first_bad_layer`` for a model in memory, whose weights lie in ``folder``."""
     values = module_outputs(model)
     names = list(values)
     for start in range(0, len(names), _PORTION):
@@ -87,7 +87,7 @@ def scopes(node: onnx.NodeProto) -> tuple[str, ...]:
 
 
 def _record(module: nn.Module, inputs: list[Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Outputs of the named submodules; one that runs twice or gives no single tensor is left out."""
+    """Return the outputs of the named submodules; one that runs twice or gives no single tensor is left out."""
     found: dict[str, list[object]] = {name: [] for name in names}
     with ExitStack() as hooks, torch.inference_mode():
         for name, submodule in module.named_modules():
@@ -103,6 +103,6 @@ def _record(module: nn.Module, inputs: list[Tensor], names: Iterable[str]) -> di
 
 
 def _run(model: onnx.ModelProto, values: list[str], inputs: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Inner values of a graph whose weights lie in ``folder``."""
+    """Return inner values of a graph whose weights lie in ``folder``."""
     found = run_session(open_session(model, values, folder), inputs)
     return {name: torch.from_numpy(value) for name, value in zip(values, found, strict=True)}

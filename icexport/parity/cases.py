@@ -23,7 +23,7 @@ class Case:
 
 
 def cases(graph: Graph, profile: Profile, multiple: int) -> Iterator[Case]:
-    """The inputs on which a graph is judged; see the module's text."""
+    """Yield the inputs on which a graph is judged; see the module's text."""
     has_time = any(spec.name == "timestep" for spec in graph.inputs)
     takes_guidance = any("samples" in spec.shape for spec in graph.inputs)
     for index, (pictures, height, width) in enumerate(profile.corners()):

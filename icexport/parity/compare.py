@@ -82,14 +82,14 @@ def compare(
 
 
 def room(parity: OutputParity) -> float:
-    """How many times larger the error might be; the smaller, the worse."""
+    """Return how many times larger the error might be; the smaller, the worse."""
     if not parity.finite:
         return -float("inf")
     return min(parity.allowed / max(parity.error, 1e-30), 1e3 if parity.cosine >= MIN_COSINE else 0.0)
 
 
 def cast(inputs: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
-    """``inputs`` in the dtypes and on the device that ``engine`` takes."""
+    """Return ``inputs`` in the dtypes and on the device that ``engine`` takes."""
     return {spec.name: inputs[spec.name].to(engine.device, spec.dtype) for spec in engine.inputs}
 
 
@@ -101,7 +101,7 @@ def relative_error(value: Tensor, target: Tensor) -> float:
 
 
 def cosine(value: Tensor, target: Tensor) -> float:
-    """Cosine similarity of two tensors as flat float64 vectors; two zero vectors agree, NaN gives -1."""
+    """Return the cosine similarity of two tensors as flat float64 vectors; two zero vectors agree, NaN gives -1."""
     value, target = value.double().flatten().cpu(), target.double().flatten().cpu()
     if not value.any() and not target.any():
         return 1.0

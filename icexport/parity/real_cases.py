@@ -84,7 +84,7 @@ def real_cases(
 
 
 def control_picture(condition: Condition, height: int, width: int) -> Tensor:
-    """A control map ``[1,3,height,width]`` in [0,1]: what the condition sees in a drawn house.
+    """Return a control map ``[1,3,height,width]`` in [0,1]: what the condition sees in a drawn house.
 
     Where the condition's extractor lacks its weights, the drawing itself is the map, and the log says so.
     """
@@ -104,7 +104,7 @@ def control_picture(condition: Condition, height: int, width: int) -> Tensor:
 
 
 def _tokens(source: ModelSource) -> dict[str, Tensor]:
-    """``input_ids [1,S]`` of no prompt and of ``PROMPT``, by the names of their cases."""
+    """Return ``input_ids [1,S]`` of no prompt and of ``PROMPT``, by the names of their cases."""
     tokenizer = source.tokenizer()
     length = source.full_config("text_encoder")["max_position_embeddings"]
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}

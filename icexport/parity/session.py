@@ -14,7 +14,7 @@ from torch import Tensor
 def open_session(
     model: onnx.ModelProto, values: list[str], folder: Path, *, frugal: bool = False
 ) -> onnxruntime.InferenceSession:
-    """A session on a copy of the model whose outputs are ``values``; its weights lie in ``folder``.
+    """Return a session on a copy of the model whose outputs are ``values``; its weights lie in ``folder``.
 
     Args:
         model: the graph without its weights.
@@ -38,7 +38,7 @@ def open_session(
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> list[np.ndarray]:
-    """The session's outputs on float32 inputs, which become float16 where the graph takes that."""
+    """Return the session's outputs on float32 inputs, which become float16 where the graph takes that."""
     halves = {node.name for node in session.get_inputs() if node.type == "tensor(float16)"}
     fed = {node.name: inputs[node.name] for node in session.get_inputs()}
     found: list[np.ndarray] = session.run(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def reference_path() -> Path:
-    """Folder of the reference model, in the ordinary diffusers layout.
+    """Return the folder of the reference model, in the ordinary diffusers layout.
 
     ``StableDiffusionControlNetPipeline.from_pretrained`` loads it: the base model lies at the root, ControlNets and
     probes in ``controlnet-<condition>/`` and ``probe-<condition>/``. 64 x 64 px, fp16 safetensors; ``README.md`` in it

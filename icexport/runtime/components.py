@@ -25,7 +25,7 @@ class Observer(Protocol):
     """What looks at the outputs of UNet calls."""
 
     def next_call(self) -> Sequence[str]:
-        """Names of the outputs that it wants of the next call; none: it does not look at that one."""
+        """Return the names of the outputs that it wants of the next call; none: it does not look at that one."""
         ...
 
     def __call__(self, timestep: Tensor, outputs: dict[str, Tensor]) -> None:
@@ -168,7 +168,7 @@ class EngineControlNet(ControlNetModel):  # type: ignore[misc]
         return down, mid
 
     def _scale(self, sample: Tensor, conditioning_scale: float, guess_mode: bool) -> Tensor:
-        """``residual_scale [B,R]``; kept, for a copy to the device in every step would wait for it."""
+        """Return ``residual_scale [B,R]``; kept, for a copy to the device in every step would wait for it."""
         batch, count = len(sample), len(self._residuals)
         key = (batch, conditioning_scale, guess_mode, sample.dtype, sample.device)
         if key not in self._scales:
@@ -233,10 +233,10 @@ class EngineVae(EngineModule):
     """``AutoencoderKL`` for decoding."""
 
     def decode(self, latents: Tensor, return_dict: bool = False, generator: Any = None) -> tuple[Tensor]:
-        """``(pixels [b,3,H,W] in [-1,1],)``."""
+        """Return ``(pixels [b,3,H,W] in [-1,1],)``."""
         return (self.engine({"latents": latents.to(self.dtype)})["pixels"],)
 
 
 def as_timestep(timestep: Tensor | float, device: torch.device) -> Tensor:
-    """The scalar float32 tensor that the graphs take; schedulers give integers, floats or tensors."""
+    """Return the scalar float32 tensor that the graphs take; schedulers give integers, floats or tensors."""
     return torch.as_tensor(timestep, dtype=torch.float32, device=device).reshape(())

@@ -191,7 +191,7 @@ class Controlled:
         size: tuple[int | None, int | None],
         per_prompt: int,
     ) -> tuple[Tensor, Tensor]:
-        """The control map(s) as they were given, ``[1 or prompts,3,H,W]`` in [0,1], and one for each picture.
+        """Return the control map(s) as they were given, ``[1 or prompts,3,H,W]`` in [0,1], and one for each picture.
 
         The size (height, width) is checked against the bundle's profile.
         """
@@ -232,7 +232,7 @@ class Controlled:
             self._can_score = True
 
     def _watch(self, control_maps: Tensor, steps: bool | Collection[int]) -> FidelityMonitor | None:
-        """What reads the control back while a picture is drawn; None: nothing can, or nothing is to.
+        """Return what reads the control back while a picture is drawn; None: nothing can, or nothing is to.
 
         Args:
             control_maps: ``[b,3,H,W]`` in [0,1].
@@ -261,7 +261,7 @@ class Controlled:
 def _load_models(
     bundle: Bundle, backend: str, device: str | torch.device, cuda_graph: bool, probe_kernels: bool
 ) -> tuple[dict[str, Any], Loaded]:
-    """The models of a pipeline by their names in diffusers, and how they were loaded."""
+    """Return the models of a pipeline by their names in diffusers, and how they were loaded."""
     row = table.get(backend)
     if cuda_graph and not (row.capturable and torch.device(device).type == "cuda"):
         able = ", ".join(name for name, other in table.BACKENDS.items() if other.capturable)
@@ -296,7 +296,7 @@ def _load_feature_extractor(bundle: Bundle) -> CLIPImageProcessor | None:
 
 
 def _parse_to(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str | torch.device | None, Any]:
-    """Device and dtype from the arguments of ``to``; None: not given."""
+    """Return the device and dtype from the arguments of ``to``; None: not given."""
     device, dtype = kwargs.get("device"), kwargs.get("dtype")
     for value in args:
         if isinstance(value, torch.dtype):

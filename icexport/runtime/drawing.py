@@ -129,7 +129,7 @@ def draw_calls(
 
 
 def split_calls(count: int, calls: SizeRange) -> Iterator[list[int]]:
-    """Indices of the pictures of each call, as even as possible."""
+    """Yield indices of the pictures of each call, as even as possible."""
     number = -(-count // calls.max)
     start = 0
     for i in range(number):
@@ -139,7 +139,7 @@ def split_calls(count: int, calls: SizeRange) -> Iterator[list[int]]:
 
 
 def joined(reports: list[FidelityReport]) -> FidelityReport:
-    """The reports of several calls as one; a heat map would be of the last call only, and is left out."""
+    """Return the reports of several calls as one; a heat map would be of the last call only, and is left out."""
     if len(reports) == 1:
         return reports[0]
     scores = None

@@ -14,7 +14,7 @@ from icexport.models.loading import ModelSource
 def eager_pipeline(
     *, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, controlnet: Any, scheduler: SchedulerMixin
 ) -> StableDiffusionControlNetPipeline:
-    """A pipeline of these models as they are, without a safety checker and without a progress bar."""
+    """Return a pipeline of these models as they are, without a safety checker and without a progress bar."""
     pipe = StableDiffusionControlNetPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -33,7 +33,7 @@ def eager_pipeline(
 def load_eager(
     source: ModelSource, dtype: torch.dtype, scheduler: SchedulerMixin, device: str | torch.device = "cpu"
 ) -> StableDiffusionControlNetPipeline:
-    """The pipeline of a model's files.
+    """Return the pipeline of a model's files.
 
     Raises:
         CheckpointError: weights are missing or damaged.

@@ -41,7 +41,7 @@ CHOICES = {
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
-    """The scheduler that a folder's ``scheduler_config.json`` describes.
+    """Return the scheduler that a folder's ``scheduler_config.json`` describes.
 
     Raises:
         UsageError: the class is not one of diffusers' schedulers.
@@ -51,7 +51,7 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
 
 
 def choose_scheduler(name: str, own: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler called ``name``, with the noise schedule of the model's own one.
+    """Return the scheduler called ``name``, with the noise schedule of the model's own one.
 
     Args:
         name: one of ``CHOICES``, or a class of diffusers with or without ``Scheduler`` at its end.
@@ -74,7 +74,7 @@ def choose_scheduler(name: str, own: SchedulerMixin) -> SchedulerMixin:
 
 
 def scheduler_class(name: str) -> Any:
-    """Diffusers' scheduler class of this name, with or without ``Scheduler`` at its end.
+    """Return diffusers' scheduler class of this name, with or without ``Scheduler`` at its end.
 
     Raises:
         UsageError: diffusers has no such scheduler; those that it has are listed.

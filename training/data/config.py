@@ -17,7 +17,7 @@ class DataConfig:
     """A set of captioned pictures.
 
     Attributes:
-        source: One of
+        source: one of
             - a folder of pictures with ``metadata.jsonl`` (the imagefolder convention of HF datasets: a JSON object a
               line with ``file_name`` and ``text``; ``NAME_file_name`` is the picture of column ``NAME``), or a folder
               of such folders, its splits;
@@ -26,17 +26,17 @@ class DataConfig:
             - WebDataset shards: a pattern with ``*`` or ``{000..099}``, or several of these, of local files or URLs
               that fsspec opens. A sample is ``key.jpg`` (jpeg, png, webp) with ``key.txt``, or ``key.json`` with the
               caption under ``caption_column``, and ``key.<control_column>.png`` for a ready control map.
-        split: Name of the split; shards have none.
-        image_column: Pictures, or names of picture files. In shards a plain ``key.jpg`` counts, too.
-        caption_column: Captions. Of several captions of one picture training draws one, evaluation takes the first.
-        control_column: Ready control maps; None: they are computed from the pictures when needed.
-        resolution: Side of a square, or (height, width), in pixels; multiples of 8.
+        split: name of the split; shards have none.
+        image_column: pictures, or names of picture files. In shards a plain ``key.jpg`` counts, too.
+        caption_column: captions. Of several captions of one picture training draws one, evaluation takes the first.
+        control_column: ready control maps; None: they are computed from the pictures when needed.
+        resolution: side of a square, or (height, width), in pixels; multiples of 8.
         fit: ``crop`` scales a picture until it covers the target and cuts the middle out, ``random-crop`` a random
             place, ``stretch`` scales both sides to the target. Control maps are cut in the same way.
-        flip: Mirror every second picture, drawn at random, with its control map. The caption stays as it is.
-        workers: Processes that load pictures, per training process; 0: it loads them itself.
-        shuffle: Another order in every epoch.
-        shuffle_buffer: Samples of shards that are read together to be shuffled, undecoded, per worker: more mixes
+        flip: mirror every second picture, drawn at random, with its control map. The caption stays as it is.
+        workers: processes that load pictures, per training process; 0: it loads them itself.
+        shuffle: another order in every epoch.
+        shuffle_buffer: samples of shards that are read together to be shuffled, undecoded, per worker: more mixes
             better and takes more memory.
     """
 
@@ -56,7 +56,7 @@ class DataConfig:
         """Lists, as TOML and JSON have them, become tuples.
 
         Raises:
-            UsageError: Naming every value that is out of range.
+            UsageError: naming every value that is out of range.
         """
         for name in ("source", "resolution"):
             if isinstance(value := getattr(self, name), list):

@@ -33,7 +33,7 @@ class DrawnBatches:
             yield self._draw(generator)
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches were drawn."""
+        """Return how many batches were drawn."""
         return {"position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -72,7 +72,7 @@ class IconSet:
     held_out: np.ndarray
 
     def subset(self, mask: np.ndarray) -> IconSet:
-        """The pictures where ``mask`` (bool ``[N]`` or indices) selects."""
+        """Return the pictures where ``mask`` (bool ``[N]`` or indices) selects."""
         return IconSet(*(getattr(self, f)[mask] for f in ("images", "names", "styles", "colors", "held_out")))
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ def is_held_out(name: str, style: str) -> bool:
 
 
 def caption(name: str, style: str, colors: str, rng: np.random.Generator) -> str:
-    """A caption in one of the forms that a person might type: with or without article, colours and style."""
+    """Return a caption in one of the forms that a person might type: with or without article, colours and style."""
     words = [c for c in colors.split(",") if c and c not in name.split()]
     form = rng.random()
     text = name
@@ -106,7 +106,7 @@ _HUES = ((9, "red"), (20, "orange"), (34, "yellow"), (85, "green"), (100, "cyan"
 
 
 def color_words(image: np.ndarray, limit: int = 3, share: float = 0.14) -> str:
-    """Names of the main colours of a picture's foreground, most frequent first, joined by a comma.
+    """Return the names of the main colours of a picture's foreground, most frequent first, joined by a comma.
 
     Args:
         image: uint8 ``[H, W, 3]`` RGB on a white background.
@@ -150,7 +150,7 @@ def prepare(cache: Path, size: int = 64, workers: int = 2) -> IconSet:
 
 
 def manifest(icons: IconSet) -> dict[str, object]:
-    """What the model card records of the data: sources, licences, counts and a hash of every pixel and name."""
+    """Return what the model card records of the data: sources, licences, counts and a hash of every pixel and name."""
     digest = hashlib.sha256(icons.images.tobytes())
     digest.update("\n".join(f"{n}|{s}" for n, s in zip(icons.names, icons.styles, strict=True)).encode())
     counts = {s.style: int((icons.styles == s.style).sum()) for s in SOURCES}
@@ -183,7 +183,7 @@ def _render_all(cache: Path, size: int, workers: int) -> Iterator[tuple[str, str
 
 
 def _fetch(source: IconSource, cache: Path) -> Path:
-    """Folder of the unpacked npm package, downloaded with ``npm pack`` if it is not there yet."""
+    """Return the folder of the unpacked npm package, downloaded with ``npm pack`` if it is not there yet."""
     stem = source.package.lstrip("@").replace("/", "-") + f"-{source.version}"
     folder = cache / stem
     if not folder.exists():

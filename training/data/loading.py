@@ -40,15 +40,15 @@ def open_data(
     """Open a data set for training.
 
     Args:
-        config: Which one, and how to cut its pictures.
-        tokenize: Token ids int64 ``[n,S]`` of n captions; called in this process.
-        batch_size: Pictures in a batch of this process.
-        rank: Number of this training process.
-        processes: How many there are; in an epoch no two of them get the same picture.
-        seed: Of every random choice, 0 or more; the same in all processes.
+        config: which one, and how to cut its pictures.
+        tokenize: token ids int64 ``[n,S]`` of n captions; called in this process.
+        batch_size: pictures in a batch of this process.
+        rank: number of this training process.
+        processes: how many there are; in an epoch no two of them get the same picture.
+        seed: of every random choice, 0 or more; the same in all processes.
 
     Raises:
-        UsageError: The data set cannot be opened, is empty, or lacks a column.
+        UsageError: the data set cannot be opened, is empty, or lacks a column.
     """
     if batch_size < 1 or seed < 0 or not 0 <= rank < processes:
         raise UsageError(
@@ -66,7 +66,7 @@ class Batches:
     ``input_ids`` int64 ``[B,S]`` and ``ids``. Iterating again goes on after the last batch that was handed out.
 
     Attributes:
-        counts: Broken pictures and missing captions met so far, in this process since it started.
+        counts: broken pictures and missing captions met so far, in this process since it started.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class Batches:
         self._cursors = [Cursor()] * max(1, config.workers) if isinstance(source, Shards) else []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Batches from the current place on.
+        """Yield batches from the current place on.
 
         Raises:
-            UsageError: No picture can be read.
+            UsageError: no picture can be read.
         """
         for parcel in self._loader():
             if isinstance(parcel, UsageError):
@@ -102,7 +102,7 @@ class Batches:
             yield self._batch(parcel)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch that was handed out, JSON-able."""
+        """Return the place after the last batch that was handed out, JSON-able."""
         cursors = [dataclasses.asdict(cursor) for cursor in self._cursors]
         return {"number": self._number, "cursors": cursors, "length": self._length()}
 
@@ -110,7 +110,7 @@ class Batches:
         """Go to a place that `state_dict` returned. Rank, processes, seed, batch size and data must be the same.
 
         Raises:
-            UsageError: It is a place in another kind of source, or one of another number of workers.
+            UsageError: it is a place in another kind of source, or one of another number of workers.
         """
         if len(state["cursors"]) != len(self._cursors):
             raise UsageError(
@@ -168,7 +168,7 @@ class _Order:
         self._epoch, self._rows = -1, np.arange(length)
 
     def slot(self, place: int) -> Slot:
-        """What comes at ``place`` of the endless sequence of epochs."""
+        """Return what comes at ``place`` of the endless sequence of epochs."""
         epoch, index = divmod(place, self._length)
         if self._seed is not None and epoch != self._epoch:
             self._epoch, self._rows = epoch, np.random.default_rng([self._seed, epoch]).permutation(self._length)
@@ -204,7 +204,7 @@ class _TableBatches(Dataset):
         self._stride = next(s for s in range(stride, 2 * len(table) + 1) if math.gcd(s, len(table)) == 1)
 
     def __getitem__(self, slots: list[Slot]) -> Parcel | UsageError:
-        """The batch; an error in its place when nothing can be read."""
+        """Return the batch; an error in its place when nothing can be read."""
         faults: list[Fault] = []
         try:
             return pack([self._read(epoch, row, faults) for epoch, row in slots], faults)
@@ -212,7 +212,7 @@ class _TableBatches(Dataset):
             return error
 
     def _read(self, epoch: int, row: int, faults: list[Fault]) -> Record:
-        """The picture of ``row``, or the next readable one."""
+        """Return the picture of ``row``, or the next readable one."""
         attempts = min(len(self._table), HOPELESS)
         for attempt in range(attempts):
             index = (row + attempt * self._stride) % len(self._table)

@@ -18,11 +18,11 @@ class Parcel(NamedTuple):
 
     Attributes:
         pixels: uint8 ``[B,3,H,W]``.
-        control: As ``pixels``; None: the source has no control maps.
+        control: as ``pixels``; None: the source has no control maps.
         captions: B texts.
         ids: B names for messages.
-        faults: What was met while the batch was put together.
-        cursor: Where the stream goes on after it, JSON-able; None: the batch's number says it.
+        faults: what was met while the batch was put together.
+        cursor: where the stream goes on after it, JSON-able; None: the batch's number says it.
     """
 
     pixels: Tensor
@@ -34,7 +34,7 @@ class Parcel(NamedTuple):
 
 
 def pack(records: Sequence[Record], faults: Sequence[Fault], cursor: dict[str, int] | None = None) -> Parcel:
-    """The batch of ``records``, all of one size."""
+    """Return the batch of ``records``, all of one size."""
     controls = [record.control for record in records if record.control is not None]
     return Parcel(
         pixels=_stack([record.image for record in records]),

@@ -60,13 +60,13 @@ class Cut:
 
 
 def decode(content: Content | None) -> Image.Image:
-    """A picture of any 8-bit mode, upright by its EXIF orientation, RGB, transparent parts on white.
+    """Return a picture of any 8-bit mode, upright by its EXIF orientation, RGB, transparent parts on white.
 
     Args:
-        content: Its file; None: there is none.
+        content: its file; None: there is none.
 
     Raises:
-        BrokenPictureError: It is missing, empty, damaged, not a picture, or has more than 8 bits.
+        BrokenPictureError: it is missing, empty, damaged, not a picture, or has more than 8 bits.
     """
     if content is None:
         raise BrokenPictureError("there is no picture")
@@ -90,13 +90,13 @@ def _file(place: Path | str) -> bytes:
 
 
 def choose_cut(picture: Image.Image, size: tuple[int, int], fit: str, rng: np.random.Generator | None) -> Cut:
-    """The part of a picture that is used.
+    """Return the part of a picture that is used.
 
     Args:
-        picture: The whole picture.
+        picture: the whole picture.
         size: (height, width) of the target; what is cut out has its aspect.
         fit: ``crop``, ``random-crop`` or ``stretch``.
-        rng: Draws the place of ``random-crop``; None: the middle.
+        rng: draws the place of ``random-crop``; None: the middle.
     """
     if fit == "stretch":
         return Cut(0, 0, 1, 1)
@@ -112,7 +112,7 @@ def check_aspect(control: Image.Image, picture: Image.Image) -> None:
     """Check that a control map may be that of a picture; sizes may differ.
 
     Raises:
-        BrokenPictureError: Their aspects differ.
+        BrokenPictureError: their aspects differ.
     """
     aspect, expected = control.width / control.height, picture.width / picture.height
     if abs(aspect / expected - 1) > _ASPECT_TOLERANCE:

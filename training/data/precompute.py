@@ -28,9 +28,9 @@ def precompute(data: Records, output: Path, condition: Condition, size: tuple[in
     """Add what is missing in ``output``: pictures, control maps and ``metadata.jsonl``.
 
     Args:
-        data: What to read.
-        output: The folder, which is made.
-        condition: Extracts the control maps.
+        data: what to read.
+        output: the folder, which is made.
+        condition: extracts the control maps.
         size: (height, width) that ``data`` cuts its pictures to.
 
     Returns:

@@ -18,7 +18,7 @@ class Records:
     """The readable pictures of a data set, in its order, cut in the middle and not mirrored. `records` makes it.
 
     Attributes:
-        counts: Broken pictures and missing captions met so far.
+        counts: broken pictures and missing captions met so far.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -27,10 +27,10 @@ class Records:
         self.counts = Counts()
 
     def __iter__(self) -> Iterator[Record]:
-        """All of them, read one at a time.
+        """Yield all of them, read one at a time.
 
         Raises:
-            UsageError: At the end, if no picture could be read.
+            UsageError: at the end, if no picture could be read.
         """
         readable = False
         for sample in self.samples():
@@ -41,7 +41,7 @@ class Records:
             raise UsageError(f"None of the {len(self.counts.broken)} pictures of {self._config.source!r} can be read.")
 
     def samples(self) -> Iterator[Sample]:
-        """What is in the data set, not yet decoded."""
+        """Yield what is in the data set, not yet decoded."""
         for item in self._source:
             if isinstance(item, Fault):
                 self.counts.add(item)
@@ -49,7 +49,7 @@ class Records:
                 yield item
 
     def read(self, sample: Sample) -> Record | None:
-        """One picture; None, and counted, if it cannot be read."""
+        """Return one picture; None, and counted, if it cannot be read."""
         try:
             record = read(sample, self._config, None)
         except BrokenPictureError as error:
@@ -64,6 +64,6 @@ def records(config: DataConfig) -> Records:
     """Open a data set for evaluation. ``random-crop`` is ``crop``; ``flip``, ``shuffle`` and ``workers`` do nothing.
 
     Raises:
-        UsageError: The data set cannot be opened, is empty, or lacks a column.
+        UsageError: the data set cannot be opened, is empty, or lacks a column.
     """
     return Records(config)

@@ -35,10 +35,10 @@ class Sample:
     """One entry of a source, not yet decoded.
 
     Attributes:
-        id: Names it in messages, the same in every run.
-        image: The picture's file; None: it has none.
-        caption: What the source has as caption.
-        control: As ``image``, the ready control map.
+        id: names it in messages, the same in every run.
+        image: the picture's file; None: it has none.
+        caption: what the source has as caption.
+        control: as ``image``, the ready control map.
     """
 
     id: str
@@ -52,9 +52,9 @@ class Record:
     """A picture, cut to size.
 
     Attributes:
-        id: Of its `Sample`.
+        id: of its `Sample`.
         image: RGB.
-        caption: Empty if it has none.
+        caption: empty if it has none.
         control: RGB, of the same size; None: the source has no control maps.
     """
 
@@ -80,8 +80,8 @@ class Counts:
     """What was wrong with a data set so far, in this process. The first ten faults of a kind go to the log in full.
 
     Attributes:
-        broken: Reasons by id of the pictures that were skipped.
-        without_caption: Reasons by id of the pictures that were used with an empty prompt.
+        broken: reasons by id of the pictures that were skipped.
+        without_caption: reasons by id of the pictures that were used with an empty prompt.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Counts:
             logger.warning("%s: %d so far, the latest: %s: %s", fault.kind.capitalize(), count, fault.id, fault.reason)
 
     def summary(self) -> dict[str, int]:
-        """The numbers alone, for a log's row."""
+        """Return the numbers alone, for a log's row."""
         return {"broken_pictures": len(self.broken), "without_caption": len(self.without_caption)}
 
 
@@ -109,12 +109,12 @@ def read(sample: Sample, config: DataConfig, rng: np.random.Generator | None) ->
     """Decode a sample and cut it to size.
 
     Args:
-        sample: What to read.
-        config: How to cut it.
-        rng: Every random choice: caption, place and mirroring; None: first caption, middle, not mirrored.
+        sample: what to read.
+        config: how to cut it.
+        rng: every random choice: caption, place and mirroring; None: first caption, middle, not mirrored.
 
     Raises:
-        BrokenPictureError: The picture or its control map cannot be used.
+        BrokenPictureError: the picture or its control map cannot be used.
     """
     caption = _caption(sample.caption, rng)
     picture = decode(sample.image)
@@ -134,7 +134,7 @@ def read(sample: Sample, config: DataConfig, rng: np.random.Generator | None) ->
 
 
 def _caption(value: Any, rng: np.random.Generator | None) -> str:
-    """One stripped caption; empty if there is none."""
+    """Return one stripped caption; empty if there is none."""
     if isinstance(value, list | tuple):
         if not value:
             return ""

@@ -121,7 +121,7 @@ def render_many(indices: Iterable[int], workers: int = 1) -> SceneSet:
 
 
 def prepare(cache: Path, count: int, workers: int = 2) -> SceneSet:
-    """Scenes 0 to ``count - 1``, from ``cache`` where an earlier call left them."""
+    """Return scenes 0 to ``count - 1``, from ``cache`` where an earlier call left them."""
     path = cache / f"scenes-{count}.npz"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def _texture(kind: str, color: np.ndarray, side: int, period: int) -> np.ndarray
 
 
 def _listed(words: list[str]) -> str:
-    """Words as English lists them, with their articles."""
+    """Return words as English lists them, with their articles."""
     named = [_with_article(word) for word in words]
     return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
 

@@ -33,13 +33,13 @@ class Shards:
     """Tar files that exist and hold the columns that the configuration names.
 
     Attributes:
-        urls: Of the shards, in the order of their names.
+        urls: of the shards, in the order of their names.
 
     Args:
-        config: Names the shards and what to read from them.
+        config: names the shards and what to read from them.
 
     Raises:
-        UsageError: There are no shards or samples, or none of the first samples has a picture, caption or control map.
+        UsageError: there are no shards or samples, or none of the first samples has a picture, caption or control map.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -49,12 +49,12 @@ class Shards:
         self._check()
 
     def __iter__(self) -> Iterator[Sample | Fault]:
-        """All samples of all shards in order."""
+        """Yield all samples of all shards in order."""
         for url in self.urls:
             yield from self.read(url)
 
     def read(self, url: str) -> Iterator[Sample | Fault]:
-        """The samples of one shard; a fault at its end if it cannot be read further."""
+        """Yield the samples of one shard; a fault at its end if it cannot be read further."""
         for item in _read(url):
             yield item if isinstance(item, Fault) else self._sample(*item)
 
@@ -102,7 +102,7 @@ class Shards:
 
 
 def _read(url: str) -> Iterator[tuple[str, dict[str, bytes]] | Fault]:
-    """(id, contents by ending) of the samples of one shard; a fault at its end if it cannot be read further."""
+    """Yield (id, contents by ending) of the samples of one shard; a fault at its end if it cannot be read further."""
     try:
         with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
             for key, fields in _groups(archive):
@@ -112,7 +112,7 @@ def _read(url: str) -> Iterator[tuple[str, dict[str, bytes]] | Fault]:
 
 
 def _groups(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, contents by ending) of the samples: consecutive files whose names are equal up to the first dot."""
+    """Yield (key, contents by ending) of the samples: consecutive files whose names are equal up to the first dot."""
     current, fields = "", dict[str, bytes]()
     for member in archive:
         folder, slash, name = member.name.rpartition("/")
@@ -131,7 +131,7 @@ def _groups(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def _described(fields: dict[str, bytes]) -> dict[str, Any]:
-    """What ``key.json`` says; empty if there is none, or none that can be used."""
+    """Return what ``key.json`` says; empty if there is none, or none that can be used."""
     try:
         described = json.loads(fields.get("json", b"{}"))
     except ValueError:
@@ -140,21 +140,21 @@ def _described(fields: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _names(fields: dict[str, bytes]) -> list[str]:
-    """The fields of a sample, for a message."""
+    """Return the fields of a sample, for a message."""
     return [f"key.{ending}" for ending in fields] + [f"{name!r} in key.json" for name in _described(fields)]
 
 
 def _picture(fields: dict[str, bytes], column: str | None) -> bytes | None:
-    """The picture ``key.<column>.<ending>``; ``key.<ending>`` without a column."""
+    """Return the picture ``key.<column>.<ending>``; ``key.<ending>`` without a column."""
     names = (ending if column is None else f"{column.lower()}.{ending}" for ending in _PICTURES)
     return next((fields[name] for name in names if name in fields), None)
 
 
 def _find(pattern: str) -> Iterable[str]:
-    """The files that ``pattern`` names, in order.
+    """Yield the files that ``pattern`` names, in order.
 
     Raises:
-        UsageError: There are none, or fsspec does not know how to open them.
+        UsageError: there are none, or fsspec does not know how to open them.
     """
     for url in expand_braces(pattern):
         try:
@@ -173,7 +173,7 @@ def _find(pattern: str) -> Iterable[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """``{a,b}`` and ``{000..012}`` spelled out, as a shell does; zeros in front are kept."""
+    """Return ``{a,b}`` and ``{000..012}`` spelled out, as a shell does; zeros in front are kept."""
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]

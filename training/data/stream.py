@@ -28,11 +28,11 @@ class Cursor:
     """A place in a reader's endless stream, always right after a record (or at the very beginning).
 
     Attributes:
-        epoch: Which epoch of this reader.
-        everything: This reader's share of the epoch had nothing readable: it reads all shards instead.
-        shard: Where the block starts: position of the shard in the share ...
+        epoch: which epoch of this reader.
+        everything: this reader's share of the epoch had nothing readable: it reads all shards instead.
+        shard: where the block starts: position of the shard in the share ...
         sample: ... and number of the sample in the shard.
-        taken: How many samples of the block are used up.
+        taken: how many samples of the block are used up.
     """
 
     epoch: int = 0
@@ -58,10 +58,10 @@ class Reader:
     count: int
 
     def records(self, cursor: Cursor) -> Iterator[tuple[Cursor, Record | Fault]]:
-        """Everything from ``cursor`` on, without end, each with the place after it.
+        """Yield everything from ``cursor`` on, without end, each with the place after it.
 
         Raises:
-            UsageError: Nothing in the shards can be read.
+            UsageError: nothing in the shards can be read.
         """
         in_a_row = 0
         while True:
@@ -87,7 +87,7 @@ class Reader:
             return Fault(BROKEN, item.id, str(error))
 
     def _blocks(self, cursor: Cursor) -> Iterator[tuple[Cursor, list[Sample | Fault]]]:
-        """The blocks of the epoch from that of ``cursor`` on, shuffled, and where they start."""
+        """Yield the blocks of the epoch from that of ``cursor`` on, shuffled, and where they start."""
         share = self._share(cursor.epoch, cursor.everything)
         start, block = cursor, list[Sample | Fault]()
         for shard in range(cursor.shard, len(share)):
@@ -124,13 +124,13 @@ class ShardBatches(IterableDataset):
     """The batches of one training process, for a loader whose workers take turns.
 
     Args:
-        shards: Where the samples are.
-        config: How to read them.
-        batch_size: Pictures in a batch.
-        seed: Of every random choice.
+        shards: where the samples are.
+        config: how to read them.
+        batch_size: pictures in a batch.
+        seed: of every random choice.
         process: (rank, number of training processes).
-        cursors: Where each of the readers of this process goes on.
-        turn: Which of them the next batch comes from.
+        cursors: where each of the readers of this process goes on.
+        turn: which of them the next batch comes from.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class ShardBatches(IterableDataset):
         self.process, self.cursors, self.turn = process, cursors, turn
 
     def __iter__(self) -> Iterator[Parcel | UsageError]:
-        """Batches without end; an error instead of a batch when nothing can be read."""
+        """Yield batches without end; an error instead of a batch when nothing can be read."""
         worker = get_worker_info()
         readers = len(self.cursors)
         # A loader asks its worker 0 first: that one becomes the reader whose turn it is.

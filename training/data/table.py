@@ -25,8 +25,8 @@ class Table:
     """The rows of one split, by number.
 
     Args:
-        rows: Has the columns that ``config`` names.
-        config: Names the columns.
+        rows: has the columns that ``config`` names.
+        config: names the columns.
     """
 
     def __init__(self, rows: datasets.Dataset, config: DataConfig) -> None:
@@ -42,11 +42,11 @@ class Table:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Sample]:
-        """All rows in order."""
+        """Return all rows in order."""
         return map(self.sample, range(len(self)))
 
     def sample(self, index: int) -> Sample:
-        """Row ``index``."""
+        """Return the row ``index``."""
         row = self._rows[index]
         image = self._content(row[self._config.image_column])
         control = self._config.control_column
@@ -74,7 +74,7 @@ def open_table(config: DataConfig) -> Table:
     """Open a folder of pictures, a saved data set or one of the hub.
 
     Raises:
-        UsageError: It does not exist, cannot be read, is empty, or lacks the split or a column.
+        UsageError: it does not exist, cannot be read, is empty, or lacks the split or a column.
     """
     try:
         rows = _load(config)

@@ -41,7 +41,7 @@ class FeatureExtractor(ABC):
 
     @abstractmethod
     def __call__(self, pictures: list[Image.Image]) -> Tensor:
-        """Features ``[N,D]`` float64 on the CPU of RGB pictures of any one size."""
+        """Return features ``[N,D]`` float64 on the CPU of RGB pictures of any one size."""
 
 
 class HedVgg16(FeatureExtractor):
@@ -137,7 +137,7 @@ class ClipScore:
 
     @torch.no_grad()
     def __call__(self, pictures: list[Image.Image], captions: list[str]) -> Tensor:
-        """``[N]`` in [0,100]; captions are cut where CLIP's text ends."""
+        """Return ``[N]`` in [0,100]; captions are cut where CLIP's text ends."""
         inputs = self._processor(text=captions, images=pictures, return_tensors="pt", padding=True, truncation=True)
         found = self._model(**inputs.to(self._device))
         cosine = nn.functional.cosine_similarity(found.image_embeds.double(), found.text_embeds.double())
@@ -145,13 +145,13 @@ class ClipScore:
 
 
 def resize_like_clean_fid(picture: Image.Image) -> np.ndarray:
-    """An RGB picture as float32 ``[3,299,299]`` in [0,255], not rounded."""
+    """Return an RGB picture as float32 ``[3,299,299]`` in [0,255], not rounded."""
     bands = (band.convert("F").resize((SIDE, SIDE), Image.Resampling.BICUBIC) for band in picture.split())
     return np.stack([np.asarray(band).clip(0, 255) for band in bands])
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of the normal distributions with the means and covariances of two sets.
+    """Return the Fréchet distance of the normal distributions with the means and covariances of two sets.
 
     Args:
         a: features ``[N,D]``, N at least 2.

@@ -90,7 +90,7 @@ class Sampler:
     def draw(
         self, captions: list[str], controls: torch.Tensor, seeds: list[int], sampling: Sampling, scale: float
     ) -> list[Image.Image]:
-        """One picture for each caption, control map ``[N,3,H,W]`` in [0,1] and seed."""
+        """Return one picture for each caption, control map ``[N,3,H,W]`` in [0,1] and seed."""
         request = Request(
             captions,
             seeds,
@@ -112,7 +112,7 @@ def load_model(
     device: str | None = None,
     size: tuple[int, int] | None = None,
 ) -> Sampler:
-    """Diffusers' own pipeline on a base model and a ControlNet, loaded strictly and from safetensors.
+    """Return diffusers' own pipeline on a base model and a ControlNet, loaded strictly and from safetensors.
 
     Args:
         condition: names the ControlNet's folder where ``controlnet`` is None.
@@ -143,7 +143,7 @@ def load_bundle(
     device: str | None = None,
     size: tuple[int, int] | None = None,
 ) -> Sampler:
-    """A bundle's pipeline. Arguments and errors as `load_model`'s and those of `InnerControlPipeline`."""
+    """Return a bundle's pipeline. Arguments and errors as `load_model`'s and those of `InnerControlPipeline`."""
     bundle = Bundle(path)
     pipe = InnerControlPipeline.from_pretrained(bundle, backend=backend, device=device)
     pipe.scheduler = choose_scheduler(sampling.scheduler, pipe.scheduler)
@@ -155,18 +155,18 @@ def load_bundle(
 
 
 def picture_seed(seed: int, condition_id: str, group: int) -> int:
-    """Seed of one picture, a function of its arguments alone: 63 bits of a hash."""
+    """Return the seed of one picture, a function of its arguments alone: 63 bits of a hash."""
     text = json.dumps([seed, condition_id, group], ensure_ascii=True)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def picture_path(folder: Path, condition_id: str, group: int) -> Path:
-    """``<id>-<group>.png`` in ``folder``."""
+    """Return ``<id>-<group>.png`` in ``folder``."""
     return folder / file_name(f"{condition_id}-{group}")
 
 
 def file_name(name: str) -> str:
-    """``<name>.png``; what a file name cannot hold is written as in URLs (``/`` as ``%2F``)."""
+    """Return ``<name>.png``; what a file name cannot hold is written as in URLs (``/`` as ``%2F``)."""
     return f"{quote(name, safe=' ()[]+,=@')}.png"
 
 
@@ -243,7 +243,7 @@ def draw_missing(
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture of ours, RGB.
+    """Return a picture of ours, RGB.
 
     Raises:
         UsageError: it is missing or damaged.
@@ -256,14 +256,14 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def sampling_settings(sampler: Sampler, sampling: Sampling) -> dict[str, Any]:
-    """Everything that a picture depends on besides its condition."""
+    """Return everything that a picture depends on besides its condition."""
     scheduler = type(sampler.pipe.scheduler).__name__
     more = {"scheduler": scheduler, "size": list(sampler.size), "dtype": sampler.source["dtype"]}
     return {"weights": sampler.key, **asdict(sampling), **more}
 
 
 def _text(item: Item, group: int, sampling: Sampling) -> dict[str, str]:
-    """What a picture's file says of it."""
+    """Return what a picture's file says of it."""
     seed = str(picture_seed(sampling.seed, item.id, group))
     return {"prompt": item.caption, "control_sha256": item.digest, "seed": seed}
 

@@ -159,7 +159,7 @@ class FidInception(nn.Module):
         self.fc = nn.Linear(FEATURES, CLASSES)  # unused; in the file, and what tells it from torchvision's
 
     def forward(self, levels: Tensor) -> Tensor:
-        """Features before the classifier, averaged over the picture."""
+        """Return features before the classifier, averaged over the picture."""
         features = (levels - 128) / 128
         for name, layer in self.named_children():
             if name == "fc":

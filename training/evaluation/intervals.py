@@ -18,7 +18,7 @@ CHUNK = 1 << 22
 def bootstrap_mean(
     values: ArrayLike, ids: Sequence[Hashable] | None = None, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float, float]:
-    """Mean over pictures, and its 95 % percentile interval when conditions are drawn again.
+    """Return the mean over pictures, and its 95 % percentile interval when conditions are drawn again.
 
     Args:
         values: ``[N]``, one finite number a picture.
@@ -64,7 +64,7 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Mean of ``a - b`` over pictures made of the same conditions and seeds, and its 95 % interval.
+    """Return the mean of ``a - b`` over pictures made of the same conditions and seeds, and its 95 % interval.
 
     Args:
         a: ``[N]``.

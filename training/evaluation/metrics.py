@@ -75,7 +75,7 @@ METRICS: dict[str, dict[str, Metric]] = {
 
 
 def metrics_of(condition: Condition) -> dict[str, Metric]:
-    """The metrics of a condition by name; of one that is not in `METRICS` its own score alone."""
+    """Return the metrics of a condition by name; of one that is not in `METRICS` its own score alone."""
     own = {"score": Metric(condition.metric, condition.unit, condition.higher_is_better)}
     return METRICS.get(condition.name, own)
 
@@ -94,7 +94,7 @@ class Readings:
 
 
 def score_pictures(condition: Condition, pictures: Tensor, controls: Tensor) -> dict[str, Tensor]:
-    """Every metric of the condition that can be computed here; `unavailable` says why others cannot.
+    """Return every metric of the condition that can be computed here; `unavailable` says why others cannot.
 
     Args:
         condition: reads the pictures, with its options.
@@ -135,7 +135,7 @@ def compare(condition: Condition, readings: Readings, controls: Tensor) -> dict[
 
 
 def unavailable(condition: Condition, height: int, width: int) -> dict[str, str]:
-    """The metrics of the condition that cannot be computed for pictures of this size, here, and why."""
+    """Return the metrics of the condition that cannot be computed for pictures of this size, here, and why."""
     reasons: dict[str, str] = {}
     if min(height, width) < MS_SSIM_SIDE:
         reason = f"Five scales need sides of {MS_SSIM_SIDE} px or more; the pictures have {width} x {height}."
@@ -165,7 +165,7 @@ def exact_f1(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def ms_ssim(predicted: Tensor, target: Tensor) -> Tensor:
-    """Multi-scale SSIM ``[N]`` of maps ``[N,1,H,W]`` in [0,1] with sides of `MS_SSIM_SIDE` px or more.
+    """Return the multi-scale SSIM ``[N]`` of maps ``[N,1,H,W]`` in [0,1] with sides of `MS_SSIM_SIDE` px or more.
 
     Source: Wang, Simoncelli and Bovik, "Multiscale structural similarity for image quality assessment", 2003.
     """
@@ -176,7 +176,7 @@ def ms_ssim(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def affine_depth_rmse(predicted: Tensor, target: Tensor) -> Tensor:
-    """RMSE of relative depth after the scale and shift that make it smallest, for each picture on its own.
+    """Return the RMSE of relative depth after the scale and shift that make it smallest, for each picture on its own.
 
     Args:
         predicted: ``[N,1,H,W]``, any scale and offset; a flat map is compared by its shift alone.
@@ -194,7 +194,7 @@ def affine_depth_rmse(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def legacy_depth_rmse(predicted: Tensor, target: Tensor) -> Tensor:
-    """The published RMSE: the prediction divided by its maximum, the label stretched by minimum and maximum.
+    """Return the published RMSE: the prediction divided by its maximum, the label stretched by minimum and maximum.
 
     Args:
         predicted: ``[N,1,H,W]`` whole levels, as `legacy_depth` gives them.
@@ -214,12 +214,12 @@ def legacy_depth(depth: Tensor) -> Tensor:
 
 
 def _cut(levels: Tensor) -> Tensor:
-    """What a cast to uint8 leaves; a whole level that float32 puts a hair lower is still that level."""
+    """Return what a cast to uint8 leaves; a whole level that float32 puts a hair lower is still that level."""
     return (levels + 1e-3).floor()
 
 
 def wrapped_lineart(maps: Tensor) -> Tensor:
-    """White lines on black ``[N,1,H,W]`` as the published code gets them from black lines on white.
+    """Return white lines on black ``[N,1,H,W]`` as the published code gets them from black lines on white.
 
     It subtracts 8-bit levels from 1, not from 255. They wrap around: every level is 2 too high, except for the
     strongest lines, whose 254 and 255 become 0 and 1.

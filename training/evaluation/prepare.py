@@ -97,7 +97,7 @@ def prepare(
 
 @torch.no_grad()
 def _control_maps(condition: Condition, chunk: Sequence[Record], device: str) -> Tensor:
-    """Control maps ``[N,3,H,W]`` on the CPU, multiples of 1/255; those of the data set where it has them."""
+    """Return control maps ``[N,3,H,W]`` on the CPU, multiples of 1/255; those of the data set where it has them."""
     ready = [record.control for record in chunk]
     if all(control is not None for control in ready):
         return torch.cat([to_pixels(control) for control in ready if control is not None])

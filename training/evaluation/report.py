@@ -97,7 +97,7 @@ equal data only.</p>
 def select(
     rows: Sequence[Mapping[str, Any]], name: str, higher_is_better: bool, count: int = SHOWN
 ) -> dict[str, list[Mapping[str, Any]]]:
-    """The best, the middle and the worst pictures by one metric, none of them twice.
+    """Return the best, the middle and the worst pictures by one metric, none of them twice.
 
     Args:
         rows: ``result["pictures"]``.
@@ -116,7 +116,7 @@ def select(
 def _card(
     item: Item, row: Mapping[str, Any], name: str, condition: Condition, folders: Mapping[str, Path], device: str
 ) -> str:
-    """One picture beside its control map and what is read from it."""
+    """Return one picture beside its control map and what is read from it."""
     picture = open_picture(picture_path(folders["control"], item.id, row["group"]))
     reading = to_image(read(condition, to_pixels(picture).to(device)).maps[0].cpu())
     pictures = {"control map": open_picture(item.control), "picture": picture, "reading": reading}

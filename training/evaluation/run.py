@@ -150,7 +150,7 @@ def evaluate(
 
 
 def load_extractors(config: EvaluationConfig) -> tuple[list[FeatureExtractor], dict[str, dict[str, str]]]:
-    """The extractors of image statistics whose weights are there, and for the others the reason.
+    """Return the extractors of image statistics whose weights are there, and for the others the reason.
 
     Raises:
         ConditionError: weights were named that cannot be used.
@@ -189,7 +189,7 @@ def describe_extractor(condition: Condition) -> dict[str, Any]:
 def _draw(
     config: EvaluationConfig, sampler: Sampler | None, items: Sequence[Item], progress: Progress
 ) -> dict[str, Path]:
-    """The folder of each set of pictures, complete."""
+    """Return the folder of each set of pictures, complete."""
     folders = {}
     for name, (folder, scale) in SETS.items():
         if sampler and (name == "control" or config.no_control):
@@ -210,7 +210,7 @@ def _draw(
 def _rows(
     config: EvaluationConfig, items: Sequence[Item], judged: Mapping[str, Judged], *, drawn: bool
 ) -> list[dict[str, Any]]:
-    """One row for each condition and group; seeds are known of pictures that were ``drawn`` here."""
+    """Return one row for each condition and group; seeds are known of pictures that were ``drawn`` here."""
     rows = []
     groups = config.images_per_condition
     for number, item in enumerate(items):

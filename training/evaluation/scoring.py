@@ -89,7 +89,7 @@ def judge(
 def summarise(
     condition: Condition, items: Sequence[Item], groups: int, judged: Mapping[str, Judged], seed: int
 ) -> dict[str, Any]:
-    """Mean and 95 % interval of every metric in every set of pictures, or why there is none.
+    """Return the mean and 95 % interval of every metric in every set of pictures, or why there is none.
 
     Args:
         condition: what was judged.

@@ -79,7 +79,7 @@ class Recipe:
         return cls(**values, arms=tuple(arms))
 
     def arm(self, name: str) -> Arm:
-        """The arm called ``name``.
+        """Return the arm called ``name``.
 
         Raises:
             UsageError: there is none.

@@ -67,7 +67,7 @@ class Row:
 
 
 def rows(recipe: Recipe, work: Path, condition: str, measure: Measure) -> list[Row]:
-    """One row for every arm that was run, in the recipe's order."""
+    """Return one row for every arm that was run, in the recipe's order."""
     runs = {arm.name: _results(recipe, work / condition / arm.name) for arm in recipe.arms}
     base = runs[BASELINE]
     found = []
@@ -103,7 +103,7 @@ def write(recipe: Recipe, work: Path, docs: Path, machine: str) -> None:
 
 
 def table(recipe: Recipe, work: Path, condition: str) -> str:
-    """The results of one condition in Markdown."""
+    """Return the results of one condition in Markdown."""
     primary, secondary = PRIMARY[condition], SECONDARY[condition]
     lines = [
         f"### {condition}",
@@ -178,7 +178,7 @@ def plot(recipe: Recipe, work: Path, path: Path) -> None:
 
 
 def _summary(recipe: Recipe, work: Path, condition: str) -> dict[str, Any]:
-    """Everything that the tables say and the leak tests, for machines."""
+    """Return everything that the tables say and the leak tests, for machines."""
     start = _read(work / condition / "start")
     found = {}
     for measure in (PRIMARY[condition], SECONDARY[condition]):
@@ -208,7 +208,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _matched(result: dict[str, Any], kind: str) -> float:
-    """Mean over timesteps of a probe's error with the right control map."""
+    """Return the mean over timesteps of a probe's error with the right control map."""
     errors = [row["matched"] for row in result["probes"][kind]]
     return sum(errors) / len(errors)
 
@@ -218,7 +218,7 @@ def _probe(result: dict[str, Any], kind: str) -> str:
 
 
 def _distance(results: Sequence[dict[str, Any]], real: Tensor) -> float:
-    """Kernel distance of the judge's features to those of training pictures, mean over runs."""
+    """Return the kernel distance of the judge's features to those of training pictures, mean over runs."""
     found = [kernel_distance(torch.tensor(result["features"]), real) for result in results]
     return sum(found) / len(found)
 

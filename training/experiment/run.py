@@ -95,7 +95,7 @@ def gradient_norms(setting: Setting, count: int = 8) -> dict[str, float]:
 
 
 def real_features(setting: Setting) -> list[list[float]]:
-    """The judge's features of training pictures, which image statistics compare with."""
+    """Return the judge's features of training pictures, which image statistics compare with."""
     network = setting.judge()
     chunks = setting.training.pixels[:REAL].split(64)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def judge(setting: Setting, controlnet: ControlNetModel | None, folder: Path) ->
 
 @torch.no_grad()
 def draw(setting: Setting, controlnet: ControlNetModel, scale: float) -> Tensor:
-    """A picture ``[N,3,H,W]`` in [0,1] for every held-out condition; picture i has seed i."""
+    """Return a picture ``[N,3,H,W]`` in [0,1] for every held-out condition; picture i has seed i."""
     models, data, recipe = setting.models, setting.held_out, setting.recipe
     pipe = eager_pipeline(
         unet=models.unet,
@@ -160,7 +160,7 @@ def draw(setting: Setting, controlnet: ControlNetModel, scale: float) -> Tensor:
 def probe_rows(
     setting: Setting, controlnet: ControlNetModel, kind: ProbeKind, timesteps: Sequence[int] = PROBED_AT
 ) -> list[dict[str, float]]:
-    """The leak test of a probe with ``controlnet``, on held-out pictures."""
+    """Return the leak test of a probe with ``controlnet``, on held-out pictures."""
     data = setting.held_out
     tokens = setting.models.tokenize(data.captions[:PROBED])
     batch = {
@@ -176,7 +176,7 @@ def probe_rows(
 
 
 def _strip(controls: Tensor, pictures: Tensor) -> Image.Image:
-    """Control maps above their pictures, four times enlarged."""
+    """Return control maps above their pictures, four times enlarged."""
     rows = torch.cat((torch.cat(list(controls.expand(-1, 3, -1, -1)), 2), torch.cat(list(pictures), 2)), 1)
     levels = (255 * F.interpolate(rows[None], scale_factor=2)[0].clamp(0, 1)).round().byte()
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())

@@ -85,11 +85,11 @@ class Setting:
         return self._pictures("held-out", render_many(range(HELD_OUT, HELD_OUT + self.recipe.held_out)))
 
     def batches(self, batch_size: int, seed: int) -> DrawnBatches:
-        """Batches of `training` with ready latents; the same for every arm of a seed."""
+        """Return batches of `training` with ready latents; the same for every arm of a seed."""
         return DrawnBatches(self._draw(batch_size), seed)
 
     def fork(self) -> ControlNetModel:
-        """The under-trained ControlNet, a fresh copy."""
+        """Return the under-trained ControlNet, a fresh copy."""
         folder = self.work / "fork"
         if not (folder / "controlnet").exists():
             torch.manual_seed(0)
@@ -102,7 +102,7 @@ class Setting:
         return loaded
 
     def probe(self, kind: ProbeKind) -> InnerControlProbe:
-        """One of the probes, trained if it is not there yet."""
+        """Return one of the probes, trained if it is not there yet."""
         folder = self.work / f"probe-{kind}"
         torch.manual_seed(PROBE_SEEDS[kind])
         probe = new_probe(self.models.unet, "conv" if kind == "conv" else "attn", self.name, **PROBE_SIZES)
@@ -120,7 +120,7 @@ class Setting:
         return InnerControlProbe.from_pretrained(folder / "probe").eval()
 
     def judge(self) -> Judge:
-        """The network that reads control maps from finished pictures, trained if it is not there yet."""
+        """Return the network that reads control maps from finished pictures, trained if it is not there yet."""
         folder = self.work / "judge"
         if not (folder / "judge").exists():
             torch.manual_seed(1)
@@ -136,7 +136,7 @@ class Setting:
         return Judge.load(folder / "judge" / "model.safetensors")
 
     def _pictures(self, name: str, scenes: SceneSet) -> Pictures:
-        """Control maps and latents of ``scenes``, which every run would otherwise compute again."""
+        """Return control maps and latents of ``scenes``, which every run would otherwise compute again."""
         pixels = torch.from_numpy(scenes.images).permute(0, 3, 1, 2).contiguous()
         cache = self.work / f"{name}-{len(pixels)}.safetensors"
         if cache.exists():
@@ -155,7 +155,7 @@ class Setting:
 
     @torch.no_grad()
     def _decoded(self, latents: Tensor) -> Tensor:
-        """Pictures as the autoencoder gives them, uint8: what a judge will see."""
+        """Return pictures as the autoencoder gives them, uint8: what a judge will see."""
         return torch.cat([(255 * self.models.decode(chunk)).round().byte() for chunk in latents.split(64)])
 
     def _draw(self, batch_size: int) -> Draw:

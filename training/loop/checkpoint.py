@@ -68,11 +68,11 @@ class Checkpoints:
         self.folder, self._keep = folder, keep
 
     def paths(self) -> list[Path]:
-        """Every checkpoint, the newest last."""
+        """Return every checkpoint, the newest last."""
         return sorted(p for p in self.folder.glob(f"{_PREFIX}*") if p.is_dir())
 
     def last_good(self) -> str:
-        """A sentence that says where a stopped run would go on."""
+        """Return a sentence that says where a stopped run would go on."""
         paths = self.paths()
         return f"The last good checkpoint is {paths[-1]}." if paths else "There is no checkpoint yet."
 
@@ -151,7 +151,7 @@ def _remove(folder: Path) -> None:
 
 
 def gather_model(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under their plain names; every process must call this, the first one gets them.
+    """Return parameters and buffers under their plain names; every process must call this, the first one gets them.
 
     Args:
         model: plain, or wrapped by DDP, ``torch.compile`` or FSDP 2.

@@ -83,7 +83,7 @@ class TrainerConfig:
             raise UsageError(f"Training cannot run with these settings: {'; '.join(faults)}.")
 
     def rate(self, step: int) -> float:
-        """Learning rate of update ``step`` (0-based)."""
+        """Return the learning rate of update ``step`` (0-based)."""
         rise = min(1.0, (step + 1) / max(1, self.warmup))
         left = min(1.0, (self.steps - step) / (self.decay * self.steps))
         fall = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[self.schedule]

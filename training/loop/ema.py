@@ -35,7 +35,7 @@ class Ema:
 
     @torch.no_grad()
     def state_dict(self, *, empty: bool = False) -> dict[str, Tensor]:
-        """The averages, whole and on the CPU; every process must call this.
+        """Return the averages, whole and on the CPU; every process must call this.
 
         Args:
             empty: take part in the exchange only and return nothing: for all processes but the one that writes.

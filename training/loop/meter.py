@@ -105,7 +105,7 @@ class Meter:
                 self.totals[name] = (before[0] + total, before[1] + count)
 
     def take(self) -> dict[str, float]:
-        """Means since the last row; a loss that some micro steps lack is averaged over those that have it."""
+        """Return means since the last row; a loss that some micro steps lack is averaged over those that have it."""
         means = {name: total / count for name, (total, count) in self.totals.items()}
         self.totals, self.seconds, self.pictures = {}, 0.0, 0
         return means

@@ -23,7 +23,7 @@ def new_optimizer(
     eps: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """A new optimiser. Its learning rate is 0: whoever steps it sets the rate of every update.
+    """Return a new optimiser. Its learning rate is 0: whoever steps it sets the rate of every update.
 
     Args:
         name: one of ``OPTIMIZERS``.

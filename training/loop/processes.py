@@ -32,7 +32,7 @@ _PATIENCE = timedelta(hours=3)
 
 
 def make_accelerator(config: TrainerConfig, output: Path) -> Accelerator:
-    """The Accelerator for ``config``: alone, or for what ``accelerate launch`` or ``torchrun`` started.
+    """Return the Accelerator for ``config``: alone, or for what ``accelerate launch`` or ``torchrun`` started.
 
     Args:
         config: precision, accumulation and trackers are taken from it, not from ``accelerate config``.

@@ -27,7 +27,7 @@ class Task(nn.Module):
     """Names the folder of the result."""
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Losses of one micro step.
+        """Return the losses of one micro step.
 
         Args:
             batch: on the CPU; the task moves what it needs to ``self.device``.
@@ -43,7 +43,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Numbers by name, and pictures in ``folder``, which exists.
+        """Return numbers by name, and pictures in ``folder``, which exists.
 
         Called in the first process only, on a copy that holds the averaged weights, in eval mode, without gradients,
         in the precision of training.
@@ -60,7 +60,7 @@ class Task(nn.Module):
         return next(self.parameters()).device
 
     def copy(self) -> Self:
-        """A task on the CPU, in eval mode, whose parameters are its own.
+        """Return a task on the CPU, in eval mode, whose parameters are its own.
 
         It shares every other attribute, frozen networks above all, so none of these may refer to a trained module.
         """
@@ -72,10 +72,10 @@ class Batches(Protocol):
     """One process's share of the data, without end."""
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the present position on."""
+        """Return batches from the present position on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, JSON-able: after ``load_state_dict`` the next batch is the one that would have come."""
+        """Return the position, JSON-able: after ``load_state_dict`` the next batch is the one that would have come."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position."""

@@ -307,7 +307,7 @@ class _Run:
 
 
 def _trained_parameters(task: Task) -> list[nn.Parameter]:
-    """What the optimiser gets.
+    """Return what the optimiser gets.
 
     Raises:
         UsageError: nothing is trained, or not in float32.
@@ -324,7 +324,7 @@ def _trained_parameters(task: Task) -> list[nn.Parameter]:
 
 
 def _settings(config: TrainerConfig, task: Task, processes: int) -> dict[str, Any]:
-    """What decides the numbers of a run, as JSON gives it back."""
+    """Return what decides the numbers of a run, as JSON gives it back."""
     values = asdict(config) | {"task": task.name, "processes": processes}
     found: dict[str, Any] = json.loads(json.dumps(values | {f"task.{k}": v for k, v in task.settings().items()}))
     return found

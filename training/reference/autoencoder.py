@@ -21,7 +21,7 @@ KL_WEIGHT = 2e-3
 
 
 def new_vae() -> AutoencoderKL:
-    """An untrained autoencoder of the reference size (1.6 M parameters)."""
+    """Return an untrained autoencoder of the reference size (1.6 M parameters)."""
     channels = (32, 64, 96)
     return AutoencoderKL(
         block_out_channels=channels,
@@ -52,14 +52,14 @@ def rotate_hue(pixels: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 for sharpness, MSE for PSNR, and L1 of the picture gradients for clean edges."""
+    """Return the L1 for sharpness, MSE for PSNR, and L1 of the picture gradients for clean edges."""
     difference = output - target
     gradients = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
     return difference.abs().mean() + 4 * difference.square().mean() + 0.25 * gradients
 
 
 def augmented(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """``pixels`` ``[B,3,H,W]`` in [0,1], half of them recoloured, half of the batches mirrored: in [-1,1]."""
+    """Return ``pixels`` ``[B,3,H,W]`` in [0,1], half of them recoloured, half of the batches mirrored: in [-1,1]."""
     angle = torch.rand(len(pixels), generator=generator) * 2 * math.pi
     pixels = rotate_hue(pixels, angle * (torch.rand(len(pixels), generator=generator) < 0.5))
     if torch.rand((), generator=generator) < 0.5:
@@ -81,7 +81,7 @@ class AutoencoderTask(Task):
         self.vae = vae.train().requires_grad_(True)
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Reconstruction and divergence of one batch of ``pixels`` ``[B,3,H,W]`` in [0,1]."""
+        """Return the reconstruction and divergence of one batch of ``pixels`` ``[B,3,H,W]`` in [0,1]."""
         target = augmented(batch["pixels"], generator).to(self.device)
         posterior = self.vae.encode(target).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(self.device)
@@ -98,7 +98,7 @@ class AutoencoderTask(Task):
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-    """Scaled latents ``[N,4,h,w]`` of uint8 pictures ``[N,3,H,W]`` (the posterior's mean)."""
+    """Return scaled latents ``[N,4,h,w]`` of uint8 pictures ``[N,3,H,W]`` (the posterior's mean)."""
     chunks = [vae.encode(chunk.float() / 127.5 - 1).latent_dist.mean for chunk in images.split(batch_size)]
     return torch.cat(chunks) * vae.config["scaling_factor"]
 
@@ -114,7 +114,7 @@ def encode_shared(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB of each picture (uint8 ``[N,3,H,W]``) after encoding and decoding, 8 bit as a user sees it."""
+    """Return PSNR in dB of each picture (uint8 ``[N,3,H,W]``) after encoding and decoding, 8 bit as a user sees it."""
     values = []
     for chunk in images.split(64):
         decoded = vae.decode(vae.encode(chunk.float() / 127.5 - 1).latent_dist.mean).sample

@@ -18,7 +18,7 @@ TEXT_DROPOUT = 0.1
 
 
 def new_unet() -> UNet2DConditionModel:
-    """An untrained UNet: SD 1.5's blocks in miniature, with heads of 32 channels."""
+    """Return an untrained UNet: SD 1.5's blocks in miniature, with heads of 32 channels."""
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 128, 128),
@@ -32,7 +32,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """An untrained CLIP text encoder over CLIP's real vocabulary."""
+    """Return an untrained CLIP text encoder over CLIP's real vocabulary."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -81,7 +81,7 @@ class DenoiserTask(Task):
         self._scheduler = noise_scheduler()
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """The velocity's mean squared error of one batch of ``latents`` and ``input_ids``."""
+        """Return the velocity's mean squared error of one batch of ``latents`` and ``input_ids``."""
         latents, input_ids = batch["latents"], batch["input_ids"]
         dropped = torch.rand(len(latents), generator=generator) < TEXT_DROPOUT
         noise = torch.randn(latents.shape, generator=generator)

@@ -9,7 +9,7 @@ SIDE = 64
 
 
 def new_estimator() -> DPTForDepthEstimation:
-    """An untrained DPT (a vision transformer with a convolutional decoder) for pictures of 64 x 64 px."""
+    """Return an untrained DPT (a vision transformer with a convolutional decoder) for pictures of 64 x 64 px."""
     return DPTForDepthEstimation(
         DPTConfig(
             image_size=SIDE,
@@ -29,7 +29,7 @@ def new_estimator() -> DPTForDepthEstimation:
 
 
 def image_processor() -> DPTImageProcessorPil:
-    """How pictures are prepared for `new_estimator`: 64 x 64 px, levels in [-1,1]."""
+    """Return how pictures are prepared for `new_estimator`: 64 x 64 px, levels in [-1,1]."""
     return DPTImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, keep_aspect_ratio=False, ensure_multiple_of=1, resample=3,
         image_mean=[0.5] * 3, image_std=[0.5] * 3,

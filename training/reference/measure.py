@@ -65,7 +65,7 @@ def held_out(condition: Condition, work: Path) -> HeldOut:
 
 
 def prompt_of(pictures: icons.IconSet, index: int) -> str:
-    """The full caption of one icon: name, colours, style."""
+    """Return the full caption of one icon: name, colours, style."""
     name, style, colors = (str(getattr(pictures, f)[index]) for f in ("names", "styles", "colors"))
     words = [c for c in colors.split(",") if c and c not in name.split()]
     return f"{name}, {' and '.join(words)}, {style} icon" if words else f"{name}, {style} icon"
@@ -73,7 +73,7 @@ def prompt_of(pictures: icons.IconSet, index: int) -> str:
 
 @torch.no_grad()
 def generate(pipe: StableDiffusionControlNetPipeline, prompts: list[str], maps: Tensor, scale: float) -> Tensor:
-    """Pictures ``[N,3,H,W]`` in [0,1]; picture i is drawn with seed i."""
+    """Return pictures ``[N,3,H,W]`` in [0,1]; picture i is drawn with seed i."""
     found = []
     for start in range(0, len(prompts), BATCH):
         stop = min(start + BATCH, len(prompts))
@@ -92,7 +92,7 @@ def generate(pipe: StableDiffusionControlNetPipeline, prompts: list[str], maps: 
 
 @torch.no_grad()
 def measure_condition(model: Path, work: Path, condition: Condition) -> tuple[dict[str, Any], list[Tensor], list[str]]:
-    """Everything that the model card says of one condition, and the rows and titles of its contact sheet."""
+    """Return everything that the model card says of one condition, and the rows and titles of its contact sheet."""
     data = held_out(condition, work)
     controlnet = ControlNetModel.from_pretrained(model / f"controlnet-{condition.name}")
     pipe = StableDiffusionControlNetPipeline.from_pretrained(model, controlnet=controlnet, safety_checker=None)
@@ -140,5 +140,5 @@ def _leak(
 
 
 def judging_condition(name: str, hed_weights: Path | None) -> Condition:
-    """The condition that judges the reference model."""
+    """Return the condition that judges the reference model."""
     return conditions.of_model(name, "reference", **({"weights": hed_weights} if name == "hed" else {}))

@@ -50,11 +50,11 @@ class DiffusionSet:
         return len(self.latents)
 
     def subset(self, index: torch.Tensor) -> DiffusionSet:
-        """The pictures that ``index`` (bool ``[N]`` or int) selects."""
+        """Return the pictures that ``index`` (bool ``[N]`` or int) selects."""
         return DiffusionSet(self.images[index], self.latents[index], self.tokens[index], self.empty_tokens)
 
     def draw(self, batch_size: int, maps: torch.Tensor | None = None) -> Draw:
-        """Draws batches as the training tasks take them, with the control maps uint8 ``[N,H,W]`` where given."""
+        """Draw batches as the training tasks take them, with the control maps uint8 ``[N,H,W]`` where given."""
 
         def batch(generator: torch.Generator) -> dict[str, Any]:
             index = torch.randint(len(self), (batch_size,), generator=generator)
@@ -73,14 +73,14 @@ class DiffusionSet:
 
 
 def turn_hue(image: np.ndarray, degrees: int) -> np.ndarray:
-    """``image`` (uint8 RGB ``[H,W,3]``) with every hue turned by ``degrees``; greys stay as they are."""
+    """Return ``image`` (uint8 RGB ``[H,W,3]``) with every hue turned by ``degrees``; greys stay as they are."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
     hsv[..., 0] = (hsv[..., 0].astype(np.int16) + degrees // 2) % 180
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
 def _variants(icons: IconSet, rng: np.random.Generator) -> list[tuple[np.ndarray, str, str, str, bool]]:
-    """(picture, name, style, colours, recoloured) of every picture, mirrored ones and recoloured ones."""
+    """Return (picture, name, style, colours, recoloured) of every picture, mirrored ones and recoloured ones."""
     rows = []
     for image, name, style, colors in zip(icons.images, icons.names, icons.styles, icons.colors, strict=True):
         name, style = str(name), str(style)
@@ -97,7 +97,7 @@ def _variants(icons: IconSet, rng: np.random.Generator) -> list[tuple[np.ndarray
 
 
 def prepare(cache: Path, build: Callable[[], DiffusionSet]) -> DiffusionSet:
-    """What ``build`` returns, or what an earlier run of the same training built."""
+    """Return what ``build`` returns, or what an earlier run of the same training built."""
     if not cache.exists():
         data = build()
         if PartialState().is_main_process:
@@ -137,12 +137,12 @@ def build(
 
 @torch.no_grad()
 def control_maps(images: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """Control maps uint8 ``[N,H,W]`` of uint8 pictures ``[N,3,H,W]``."""
+    """Return control maps uint8 ``[N,H,W]`` of uint8 pictures ``[N,3,H,W]``."""
     maps = [condition.extract_batch(chunk.float() / 255)[:, 0] for chunk in images.split(64)]
     return (255 * torch.cat(maps)).round().byte()
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Token ids int32 ``[len(texts),77]``."""
+    """Return token ids int32 ``[len(texts),77]``."""
     ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     return torch.as_tensor(ids, dtype=torch.int32)

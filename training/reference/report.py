@@ -31,7 +31,7 @@ LABELS = ("held-out picture", "control map", "with control", "scale 0")
 
 
 def contact_sheet(prompts: Sequence[str], rows: Sequence[Tensor]) -> Image.Image:
-    """One row for each kind of picture, one column for each prompt, labelled."""
+    """Return one row for each kind of picture, one column for each prompt, labelled."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(rows), len(prompts), figsize=(1.5 * len(prompts), 1.66 * len(rows)))
@@ -83,7 +83,7 @@ CARD = Path(__file__).with_name("card.md")
 
 
 def model_card(result: dict[str, Any], machine: str) -> str:
-    """The model card, every number from ``result``."""
+    """Return the model card, every number from ``result``."""
     data, found = result["data"], result["conditions"]
     scores = "\n".join(
         f"| {name} | {c['metric']}, {'higher' if c['higher_is_better'] else 'lower'} is better | "

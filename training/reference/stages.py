@@ -70,7 +70,7 @@ PROBE_SIZES: dict[str, Any] = {"projection_dim": 64, "num_groups": 8, "head_dims
 
 
 def stages(recipe: Path) -> dict[str, TrainerConfig]:
-    """The stage settings of a recipe file, by the stage's name.
+    """Return the stage settings of a recipe file, by the stage's name.
 
     Raises:
         TypeError, ValueError: it is no recipe.
@@ -197,7 +197,7 @@ def _denoiser(
 
 
 def _estimator(run: Any, models: BaseModels, images: torch.Tensor, depth: torch.Tensor) -> Estimator:
-    """The depth network, trained on scenes, and on scenes as the autoencoder gives them."""
+    """Return the depth network, trained on scenes, and on scenes as the autoencoder gives them."""
 
     @torch.no_grad()
     def draw(size: int) -> Draw:
@@ -216,7 +216,7 @@ def _estimator(run: Any, models: BaseModels, images: torch.Tensor, depth: torch.
 def _maps(
     cache: Path, condition: conditions.Condition, data: pictures.DiffusionSet, shown: scenes.SceneSet
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which pictures a ControlNet is trained on (int ``[M]``) and their control maps uint8 ``[M,H,W]``."""
+    """Return which pictures a ControlNet is trained on (int ``[M]``) and their control maps uint8 ``[M,H,W]``."""
     if condition.name == "depth":
         depth = torch.from_numpy(shown.depth)
         maps = torch.stack((depth, depth.flip(-1)), 1).flatten(0, 1)  # as the mirrored pictures lie in `data`
@@ -264,7 +264,7 @@ def _probe(
 
 
 def _halved(module: Any) -> Any:
-    """A float16 copy."""
+    """Return a float16 copy."""
     return copy.deepcopy(module).half()
 
 

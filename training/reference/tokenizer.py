@@ -19,7 +19,7 @@ MERGES = 48_894
 
 
 def find_bpe_file() -> Path:
-    """The file inside the installed ``open-clip-torch`` distribution.
+    """Return the file inside the installed ``open-clip-torch`` distribution.
 
     Raises:
         FileNotFoundError: the distribution is not installed; the message says how to install it.

@@ -75,7 +75,7 @@ class ControlNetTask(Task):
             self._frozen, self._taps = Frozen(models, probe=probe.float()), Taps(models.unet, probe.config.tap_kind)
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """``loss`` of one batch, and those of its parts that are on: ``diffusion``, ``reward``, ``alignment``.
+        """Return ``loss`` of one batch, and those of its parts that are on: ``diffusion``, ``reward``, ``alignment``.
 
         Raises:
             UnsupportedOptionError: alignment with gradient checkpointing in the UNet.

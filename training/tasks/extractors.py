@@ -24,21 +24,21 @@ class RewardExtractor:
     """Reads the maps that the reward compares: in this form, those of the condition itself.
 
     Args:
-        condition: Whose ``extract_batch`` passes gradients on.
+        condition: whose ``extract_batch`` passes gradients on.
     """
 
     def __init__(self, condition: Condition) -> None:
         self.condition = condition
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Maps ``[B,1,H,W]`` float32 of ``pixels`` ``[B,3,H,W]`` in [0,1], differentiable."""
+        """Return maps ``[B,1,H,W]`` float32 of ``pixels`` ``[B,3,H,W]`` in [0,1], differentiable."""
         # Float32 even inside autocast: bfloat16 pixels tie with their neighbours, and the finest lines get lost.
         with torch.autocast(pixels.device.type, enabled=False):
             return self._read(pixels.float())
 
     @torch.no_grad()
     def target(self, control: Tensor, pixels: Tensor | None) -> Tensor:
-        """What the maps should be, without a gradient.
+        """Return what the maps should be, without a gradient.
 
         Args:
             control: ``[B,3,H,W]`` in [0,1].
@@ -48,12 +48,12 @@ class RewardExtractor:
             ``[B,1,H,W]`` float32.
 
         Raises:
-            UsageError: This condition's target is read from the pictures, and there are none.
+            UsageError: this condition's target is read from the pictures, and there are none.
         """
         return self._target(control, pixels)
 
     def blank(self, target: Tensor) -> Tensor:
-        """``[B]`` bool: targets that say nothing, which `training.tasks.losses.reward_loss` has to skip."""
+        """Return ``[B]`` bool: targets that say nothing, which `training.tasks.losses.reward_loss` has to skip."""
         return torch.zeros(len(target), dtype=torch.bool, device=target.device)
 
     def _read(self, pixels: Tensor) -> Tensor:
@@ -116,12 +116,12 @@ class _DepthReward(RewardExtractor):
 
 
 def reward_extractor(condition: Condition, legacy: bool = False) -> RewardExtractor:
-    """The reward's extractor for a condition.
+    """Return the reward's extractor for a condition.
 
     Args:
         condition: canny: edge strength before thresholds, of pictures and of targets alike (ControlNet++); depth:
             inverse depth over its maximum; others: the condition's own maps.
-        legacy: For hed: cast the maps to 8 bits as the published code does, to reproduce it. Nothing is learnt from
+        legacy: for hed: cast the maps to 8 bits as the published code does, to reproduce it. Nothing is learnt from
             such a reward, and a warning says so.
 
     Raises:

@@ -47,7 +47,7 @@ class BaseModels:
     scheduler: DDPMScheduler
 
     def autocast(self) -> torch.autocast:
-        """Lets float32 networks and latents meet networks of a half type, outside of the trainer."""
+        """Let float32 networks and latents meet networks of a half type, outside of the trainer."""
         half = self.unet.dtype != torch.float32
         return torch.autocast(self.unet.device.type, self.unet.dtype if half else None, enabled=half)
 
@@ -86,7 +86,7 @@ class BaseModels:
         return size_multiple(self.unet.config, self.vae.config)
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """Token ids int64 ``[len(texts),S]``, padded and cut to the text encoder's length S."""
+        """Return token ids int64 ``[len(texts),S]``, padded and cut to the text encoder's length S."""
         length = int(self.text_encoder.config.max_position_embeddings)
         ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return torch.as_tensor(ids.input_ids, dtype=torch.int64)
@@ -98,13 +98,13 @@ class BaseModels:
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Prompt embeddings ``[B,S,D]`` of token ids ``[B,S]``."""
+        """Return prompt embeddings ``[B,S,D]`` of token ids ``[B,S]``."""
         embeds: Tensor = self.text_encoder(input_ids)[0]
         return embeds
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Scaled latents ``[B,4,h,w]`` float32 of ``pixels`` ``[B,3,H,W]`` in [0,1].
+        """Return scaled latents ``[B,4,h,w]`` float32 of ``pixels`` ``[B,3,H,W]`` in [0,1].
 
         Args:
             pixels: on the networks' device.
@@ -118,7 +118,7 @@ class BaseModels:
         return latents * float(self.vae.config["scaling_factor"])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels ``[B,3,H,W]`` float32 in [0,1] of scaled latents ``[B,4,h,w]``; gradients pass."""
+        """Return pixels ``[B,3,H,W]`` float32 in [0,1] of scaled latents ``[B,4,h,w]``; gradients pass."""
         scaled = (latents / float(self.vae.config["scaling_factor"])).to(self.vae.dtype)
         return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
@@ -133,7 +133,7 @@ class Frozen:
     device: torch.device | None = None
 
     def __post_init__(self) -> None:
-        """Freezes every network."""
+        """Freeze every network."""
         for module in self._networks.values():
             module.eval().requires_grad_(False)
 
@@ -154,7 +154,7 @@ class Frozen:
         self.device = device
 
     def fingerprints(self) -> dict[str, str]:
-        """A short hash of each network's weights, of the first of every tensor: others give another one."""
+        """Return a short hash of each network's weights, of the first of every tensor: others give another one."""
         return {name: _fingerprint(module) for name, module in self._networks.items()}
 
 
@@ -233,13 +233,13 @@ def control_maps(batch: dict[str, Any], condition: Condition, device: torch.devi
 
 
 def residuals(controlnet: ControlNetModel, sample: Noised, control: Tensor) -> dict[str, Any]:
-    """What ``controlnet`` adds to the UNet, as keyword arguments of the UNet."""
+    """Return what ``controlnet`` adds to the UNet, as keyword arguments of the UNet."""
     down, mid = controlnet(sample.noisy, sample.timesteps, sample.text, control, return_dict=False)
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
 
 def read(probe: InnerControlProbe, models: BaseModels, taps: list[Tensor], timesteps: Tensor) -> Tensor:
-    """The probe's reading ``[B,C,h,w]``, in float32 whatever the taps' type.
+    """Return the probe's reading ``[B,C,h,w]``, in float32 whatever the taps' type.
 
     The embedding is that of the timestep that the probe was made for (``ProbeConfig.timestep_convention``).
     """
@@ -265,7 +265,7 @@ def probe_target(probe: InnerControlProbe, control: Tensor, size: Iterable[int])
 
 
 def load_base(name: str, dtype: torch.dtype = torch.float32) -> BaseModels:
-    """A frozen base model.
+    """Return a frozen base model.
 
     Args:
         name: ``reference``, a folder of diffusers, or a Hub id.
@@ -288,7 +288,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> BaseModels:
 
 
 def new_controlnet(models: BaseModels) -> ControlNetModel:
-    """A ControlNet that starts as a copy of the UNet's encoder, in float32.
+    """Return a ControlNet that starts as a copy of the UNet's encoder, in float32.
 
     Its control map embedding halves the map as often as the autoencoder does.
     """

@@ -51,7 +51,7 @@ class Judge(nn.Module):
         return maps
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the encoder makes of a picture, averaged over its area: ``[B,64]``, for image statistics."""
+        """Return what the encoder makes of a picture, averaged over its area: ``[B,64]``, for image statistics."""
         return self._encode(pixels)[-1].mean((2, 3))
 
     def _encode(self, pixels: Tensor) -> list[Tensor]:
@@ -92,7 +92,7 @@ class ReadingTask(Task):
         self.network = network.train().requires_grad_(True)
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """The loss of one batch of ``pixels`` and ``control``."""
+        """Return the loss of one batch of ``pixels`` and ``control``."""
         pixels, target = batch["pixels"], batch["control"][:, :1]
         if torch.rand((), generator=generator) < 0.5:
             pixels, target = pixels.flip(-1), target.flip(-1)
@@ -108,7 +108,7 @@ class ReadingTask(Task):
 
 
 def draw_pictures(pictures: Tensor, maps: Tensor, batch_size: int) -> Draw:
-    """Draws batches for `ReadingTask` from uint8 ``pictures`` ``[N,3,H,W]`` and ``maps`` ``[N,H,W]``."""
+    """Draw batches for `ReadingTask` from uint8 ``pictures`` ``[N,3,H,W]`` and ``maps`` ``[N,H,W]``."""
 
     def draw(generator: torch.Generator) -> dict[str, Any]:
         index = torch.randint(len(pictures), (batch_size,), generator=generator)

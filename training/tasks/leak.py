@@ -70,7 +70,7 @@ def leak_test(
 
 
 def _case(batch: dict[str, Any], models: BaseModels, condition: Condition, generator: torch.Generator) -> Noised:
-    """A batch with its noise, not yet added."""
+    """Return a batch with its noise, not yet added."""
     device, count = models.unet.device, len(batch["input_ids"])
     latents = batch["latents"].to(device) if "latents" in batch else models.encode(batch["pixels"].to(device), None)
     return Noised(
@@ -95,7 +95,7 @@ def _at(case: Noised, models: BaseModels, timestep: int) -> Noised:
 def _errors(
     probe: InnerControlProbe, models: BaseModels, taps: Taps, controlnet: ControlNetModel | None, sample: Noised
 ) -> dict[str, Tensor]:
-    """Errors ``[B]`` by name, as ``leak_test`` describes them."""
+    """Return the errors ``[B]`` by name, as ``leak_test`` describes them."""
     low, high = probe.config.control_range
 
     def reading(**added: Any) -> Tensor:

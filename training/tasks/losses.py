@@ -27,14 +27,14 @@ class LossConfig:
     """Which losses a ControlNet is trained on, and at which timesteps.
 
     Attributes:
-        alpha: Weight of the reward; 0 switches it off.
-        reward_range: First and last timestep, both inclusive, at which the one-step estimate of the picture is judged.
-        beta: Weight of the alignment; 0 switches it off.
-        alignment_range: First and last timestep, both inclusive, at which the probe is read.
-        legacy_hed: Round the HED reward's map to 8 bits as the published code does: the reward then has no gradient.
+        alpha: weight of the reward; 0 switches it off.
+        reward_range: first and last timestep, both inclusive, at which the one-step estimate of the picture is judged.
+        beta: weight of the alignment; 0 switches it off.
+        alignment_range: first and last timestep, both inclusive, at which the probe is read.
+        legacy_hed: round the HED reward's map to 8 bits as the published code does: the reward then has no gradient.
 
     Raises:
-        UsageError: Values out of range; all are listed.
+        UsageError: values out of range; all are listed.
     """
 
     alpha: float = 0
@@ -64,16 +64,16 @@ class LossConfig:
 
 
 def in_range(timesteps: Tensor, limits: tuple[int, int]) -> Tensor:
-    """``[B]`` bool: whether each timestep lies in ``limits``, both ends included."""
+    """Return ``[B]`` bool: whether each timestep lies in ``limits``, both ends included."""
     first, last = limits
     return (timesteps >= first) & (timesteps <= last)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values that a mask keeps.
+    """Return the mean of the values that a mask keeps.
 
     Args:
-        values: Any shape; what is masked out may be NaN.
+        values: any shape; what is masked out may be NaN.
         mask: bool, same shape.
 
     Returns:
@@ -86,7 +86,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def predict_original(
     noisy: Tensor, output: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str
 ) -> Tensor:
-    """The clean latents that a denoiser's output implies: the closed form of ``DDPMScheduler.step``.
+    """Return the clean latents that a denoiser's output implies: the closed form of ``DDPMScheduler.step``.
 
     Args:
         noisy: ``[B,4,h,w]``, the denoiser's input.
@@ -99,7 +99,7 @@ def predict_original(
         ``[B,4,h,w]`` float32, not clipped.
 
     Raises:
-        UsageError: The prediction type is unknown.
+        UsageError: the prediction type is unknown.
     """
     signal = alphas_cumprod.to(noisy.device)[timesteps.to(noisy.device)].float().view(-1, 1, 1, 1)
     noisy, output = noisy.float(), output.float()
@@ -117,17 +117,17 @@ def predict_original(
 def diffusion_loss(
     output: Tensor, noise: Tensor, latents: Tensor, timesteps: Tensor, scheduler: DDPMScheduler
 ) -> Tensor:
-    """Mean squared error of a denoiser's output, over everything, in float32.
+    """Return the mean squared error of a denoiser's output, over everything, in float32.
 
     Args:
         output: ``[B,4,h,w]``.
         noise: ``[B,4,h,w]``, what was mixed in.
         latents: ``[B,4,h,w]``, the clean latents.
         timesteps: ``[B]``.
-        scheduler: Its ``prediction_type`` says what the output should be.
+        scheduler: its ``prediction_type`` says what the output should be.
 
     Raises:
-        UsageError: The prediction type is unknown.
+        UsageError: the prediction type is unknown.
     """
     kind = scheduler.config["prediction_type"]
     if kind == "epsilon":
@@ -150,7 +150,7 @@ def reward_loss(
     extract: Callable[[Tensor], Tensor],
     skip: Tensor | None = None,
 ) -> Tensor:
-    """How far the map read from the one-step estimate of the picture is from the target.
+    """Return how far the map read from the one-step estimate of the picture is from the target.
 
     Samples at other timesteps have no weight, so they are neither decoded nor read: the loss is the same, and most of
     its work is saved.
@@ -159,9 +159,9 @@ def reward_loss(
         z0: ``[B,4,h,w]``, from `predict_original`.
         target: ``[B,1,H,W]``, of `training.tasks.extractors.RewardExtractor.target`.
         timesteps: ``[B]``.
-        limits: First and last timestep that count, both inclusive.
-        decode: Latents ``[n,4,h,w]`` -> pixels ``[n,3,H,W]`` in [0,1].
-        extract: Pixels ``[n,3,H,W]`` -> maps ``[n,1,H,W]``.
+        limits: first and last timestep that count, both inclusive.
+        decode: latents ``[n,4,h,w]`` -> pixels ``[n,3,H,W]`` in [0,1].
+        extract: pixels ``[n,3,H,W]`` -> maps ``[n,1,H,W]``.
         skip: ``[B]`` bool: samples that do not count at any timestep, such as those with a blank target.
 
     Returns:
@@ -184,15 +184,15 @@ def alignment_loss(
     control_range: tuple[float, float],
     normaliser: Normaliser,
 ) -> Tensor:
-    """How far the probe's reading of the features is from the control map.
+    """Return how far the probe's reading of the features is from the control map.
 
     Args:
         reading: ``[B,C,h,w]``, the probe's output.
         control: ``[B,3,H,W]`` in [0,1].
         timesteps: ``[B]``.
-        limits: First and last timestep that count, both inclusive.
-        control_range: The probe's values for 0 and 1.
-        normaliser: The probe's. Control maps that are blank to it do not count.
+        limits: first and last timestep that count, both inclusive.
+        control_range: the probe's values for 0 and 1.
+        normaliser: the probe's. Control maps that are blank to it do not count.
 
     Returns:
         A scalar, mean over the samples that count; 0 if there are none.
@@ -204,12 +204,12 @@ def alignment_loss(
 
 
 def balanced_mse(reading: Tensor, target: Tensor, background: float) -> Tensor:
-    """Mean squared error in which background and drawn pixels weigh the same, for probes of sparse maps.
+    """Return the mean squared error in which background and drawn pixels weigh the same, for probes of sparse maps.
 
     Args:
         reading: ``[B,C,h,w]``.
         target: ``[B,C,h,w]``.
-        background: Value of the target's empty pixels: the lower end of the probe's ``control_range``.
+        background: value of the target's empty pixels: the lower end of the probe's ``control_range``.
 
     Returns:
         A scalar: (mean over the batch's background + mean over its other pixels) / 2; a part without pixels gives 0.

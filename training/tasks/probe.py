@@ -33,7 +33,7 @@ OFFICIAL_PROJECTION = 384
 def new_probe(
     unet: UNet2DConditionModel, tap_kind: TapKind = "attn", condition: str | None = None, **sizes: Any
 ) -> InnerControlProbe:
-    """An untrained probe for ``unet``.
+    """Return an untrained probe for ``unet``.
 
     Sizes are the official ones, P = 384 in 32 groups, where the widest tap has more than 704 channels. Below that P is
     half of its width, rounded up to a multiple of 32, with 8 channels of P a group. The head's widths are P / 3 and
@@ -125,7 +125,7 @@ class ProbeTask(Task):
         return {"loss": loss, **_by_bin(errors.detach(), sample.host_timesteps, models.steps)}
 
     def settings(self) -> dict[str, Any]:
-        """The probe's config, how it is trained, and frozen weights."""
+        """Return the probe's config, how it is trained, and frozen weights."""
         values = {
             "probe": self.probe.config.to_dict(),
             "condition": {"name": self._condition.name, **asdict(self._condition)},

@@ -48,7 +48,7 @@ class ValidationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
+        """Check the ranges."""
         limits = {"count": 1, "steps": 1, "guidance": 0, "seed": 0}
         if faults := [
             f"{name} is {getattr(self, name)}, expected {low} or more"
@@ -59,7 +59,7 @@ class ValidationConfig:
 
 
 def first_pictures(data: DataConfig, models: BaseModels, condition: Condition, count: int) -> dict[str, Any]:
-    """The first ``count`` good pictures of a data set in one batch, with control maps and ``captions``.
+    """Return the first ``count`` good pictures of a data set in one batch, with control maps and ``captions``.
 
     Raises:
         UsageError: there is none, or the data set cannot be opened.
@@ -117,7 +117,7 @@ class Validation:
             return {}
 
     def _draw(self, controlnet: ControlNetModel) -> Tensor:
-        """Pictures float32 ``[n,3,H,W]`` in [0,1] on the CPU."""
+        """Return pictures float32 ``[n,3,H,W]`` in [0,1] on the CPU."""
         models, config = self._models, self._config
         pipe = eager_pipeline(
             unet=models.unet,

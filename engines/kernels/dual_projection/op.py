@@ -11,7 +11,7 @@ NAME = "dual_projection"
 
 
 def result_shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
-    """``(B, O, h, w)`` of the result.
+    """Return ``(B, O, h, w)`` of the result.
 
     Raises:
         ValueError: if the tensors do not fit each other.

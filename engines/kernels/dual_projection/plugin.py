@@ -12,13 +12,13 @@ NAME = "dual_projection"
 
 
 def output_shape(shapes: Mapping[str, Any], attributes: Mapping[str, Any]) -> tuple[Any, ...]:
-    """``[B,O,h,w]``, from numbers or expressions."""
+    """Return ``[B,O,h,w]``, from numbers or expressions."""
     x, weight = shapes["x"], shapes["weight"]
     return x[0], weight[0], x[2], x[3]
 
 
 def launch(call: Call) -> Launch:
-    """One program a tile and sample."""
+    """Return one program a tile and sample."""
     _, channels, height, width = call.shapes["x"]
     outputs = call.shapes["weight"][0]
     pixels = height * width

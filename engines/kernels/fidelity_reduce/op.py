@@ -12,7 +12,7 @@ NAME = "fidelity_reduce"
 
 
 def result_shape(reading: Tensor, target: Tensor) -> tuple[int, ...]:
-    """``(b, 2)`` of the result.
+    """Return ``(b, 2)`` of the result.
 
     Raises:
         ValueError: if the tensors do not fit each other.

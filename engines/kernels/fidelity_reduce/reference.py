@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def fidelity_reduce(reading: Tensor, target: Tensor) -> Tensor:
-    """Error sums of a reading against its control map, at the size of the control map.
+    """Return the error sums of a reading against its control map, at the size of the control map.
 
     Args:
         reading: ``[b,1 or 3,h,w]`` float32; any strides; a single channel is compared with all three of the target.

@@ -25,7 +25,7 @@ def result_shape(
     eps: float,
     normalise_skip: bool,
 ) -> tuple[int, ...]:
-    """``(B, P, H, W)`` of the result.
+    """Return ``(B, P, H, W)`` of the result.
 
     Raises:
         ValueError: if the arguments do not fit each other.

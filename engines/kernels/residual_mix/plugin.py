@@ -12,12 +12,12 @@ NAME = "residual_mix"
 
 
 def output_shape(shapes: Mapping[str, Any], attributes: Mapping[str, Any]) -> tuple[Any, ...]:
-    """``[B,P,H,W]``, from numbers or expressions."""
+    """Return ``[B,P,H,W]``, from numbers or expressions."""
     return tuple(shapes["accumulated"])
 
 
 def launch(call: Call) -> Launch:
-    """``split`` programs a group and sample."""
+    """Return ``split`` programs a group and sample."""
     _, channels, height, width = call.shapes["main"]
     _, skip_channels, in_height, in_width = call.shapes["skip"]
     index, first_channel, groups = (call.attributes[name] for name in ("index", "first_channel", "num_groups"))

@@ -21,7 +21,7 @@ def residual_mix(
     eps: float,
     normalise_skip: bool,
 ) -> Tensor:
-    """``accumulated + mix[index] * relu(group_norm(main) + shortcut)``.
+    """Return ``accumulated + mix[index] * relu(group_norm(main) + shortcut)``.
 
     The shortcut is some channels of ``skip``, bilinearly resized to the size of ``main`` (half-pixel centres, no
     antialiasing), and then GroupNorm'ed if ``normalise_skip``.

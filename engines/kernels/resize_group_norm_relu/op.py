@@ -21,7 +21,7 @@ def result_shape(
     num_groups: int,
     eps: float,
 ) -> tuple[int, ...]:
-    """``(B, C, H, W)`` of the result.
+    """Return ``(B, C, H, W)`` of the result.
 
     Raises:
         ValueError: if the arguments do not fit each other.

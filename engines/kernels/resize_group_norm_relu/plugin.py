@@ -12,12 +12,12 @@ NAME = "resize_group_norm_relu"
 
 
 def output_shape(shapes: Mapping[str, Any], attributes: Mapping[str, Any]) -> tuple[Any, ...]:
-    """``[B,C,H,W]``, from numbers or expressions."""
+    """Return ``[B,C,H,W]``, from numbers or expressions."""
     return shapes["x"][0], shapes["gamma"][0], attributes["height"], attributes["width"]
 
 
 def launch(call: Call) -> Launch:
-    """``split`` programs a group and sample."""
+    """Return ``split`` programs a group and sample."""
     _, x_channels, in_height, in_width = call.shapes["x"]
     (channels,) = call.shapes["gamma"]
     height, width, groups = (call.attributes[name] for name in ("height", "width", "num_groups"))
