@@ -76,7 +76,7 @@ class ControlNetOptions:
 
     Attributes:
         text_dropout: probability that a sample's prompt is the empty one.
-        gradient_checkpointing: compute the ControlNet's activations twice instead of keeping them.
+        gradient_checkpointing: whether to compute the ControlNet's activations twice instead of keeping them.
     """
 
     text_dropout: float = 0.0
@@ -94,16 +94,16 @@ class ProbeOptions:
     Attributes:
         taps: which activations it reads.
         control_share: part of the batches that run UNet and ControlNet; the others run the plain UNet.
-        balanced: weigh background and the rest alike, for sparse edges.
+        balanced: whether to weigh background and the rest alike, for sparse edges.
         text_dropout: probability that a sample's prompt is the empty one.
         timestep_convention: which timestep's embedding it is given.
-        control_range: its values for 0 and 1 of the control map.
-        projection_dim: channels of the aggregated map.
-        num_groups: groups of its norms.
-        head_dims: channels of its head.
+        control_range: the probe's values for 0 and 1 of the control map.
+        projection_dim: number of channels of the aggregated map.
+        num_groups: number of groups of the probe's norms.
+        head_dims: numbers of channels of the probe's head.
         output_scale: size of the reading over that of the finest tap.
         leak_data: where the pictures of the leak test come from, as the training data's ``source``; None: from there.
-        leak_pictures: how many of them, the first ones; 0: no leak test.
+        leak_pictures: how many pictures of the leak test, the first ones; 0: no leak test.
     """
 
     taps: TapKind = "attn"
@@ -135,7 +135,7 @@ class ControlNetRun:
     """Everything that one ``train controlnet`` is determined by.
 
     Attributes:
-        own_size: the pictures' size is the base model's, because ``data.resolution`` is not given.
+        own_size: whether the pictures' size is the base model's, because ``data.resolution`` is not given.
     """
 
     model: ModelConfig
@@ -169,7 +169,7 @@ def controlnet_run(file: Path | None, options: Tables) -> ControlNetRun:
         options: what the command line says; counts more than the file, which counts more than the preset.
 
     Raises:
-        UsageError: listing every unknown key, wrong type and value out of range.
+        UsageError: a key is unknown, or a type or value is wrong; all of them are listed.
     """
     tables = merge(_read(file), options)
     loss = tables.setdefault("loss", {})
@@ -201,7 +201,7 @@ def assignments(texts: Sequence[str]) -> Tables:
     """Return what ``--set SECTION.KEY=VALUE`` says; values are TOML's, or else text.
 
     Raises:
-        UsageError: a text of another form.
+        UsageError: a text has another form.
     """
     tables: Tables = {}
     for text in texts:
@@ -230,12 +230,12 @@ def _read(file: Path | None) -> Tables:
 
 
 def merge(below: Tables, above: Tables) -> Tables:
-    """Both, section by section; ``above`` counts where they differ."""
+    """Merge both, section by section; ``above`` counts where they differ."""
     return {name: {**below.get(name, {}), **above.get(name, {})} for name in {**below, **above}}
 
 
 def _condition(tables: Tables) -> str:
-    """Name of the condition, which has to be known before anything else can be checked; its defaults are filled in."""
+    """Find the condition's name, which has to be known before the rest can be checked; fill in its defaults."""
     model = tables.get("model", {})
     name = model.get("cond")
     if name not in conditions.names():
@@ -298,7 +298,7 @@ def _convert(value: Any, hint: Any) -> Any:
     """Return ``value``, as TOML gives it, in the type of a field.
 
     Raises:
-        TypeError: it has another one.
+        TypeError: the value has another type.
     """
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -326,7 +326,7 @@ def _convert_union(value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def _words(hint: Any) -> str:
-    """Return a type in a user's words."""
+    """Name a type in a user's words."""
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_words, choices)))

@@ -19,12 +19,13 @@ class Preset:
     """One recipe.
 
     Attributes:
-        loss: its losses.
-        training: of `training.loop.config.TrainerConfig`. Batch size and accumulation are for each of eight GPUs.
+        loss: losses of the recipe.
+        training: settings of `training.loop.config.TrainerConfig`. Batch size and accumulation are for each of eight
+            GPUs.
         start: Hub id of the ControlNet that it starts from.
-        reward_model: what the publication rewards with: a hub id (depth) or the file's name (hed, lineart); None: no
+        reward_model: what the publication rewards with: a Hub id (depth) or the file's name (hed, lineart); None: no
             network, or no reward.
-        reconstructed: names among ``loss``'s fields and ``start`` that are reconstructed.
+        reconstructed: names of those of ``loss``'s fields and ``start`` that are reconstructed.
         notes: where the values come from, and why some are reconstructed.
     """
 

@@ -58,8 +58,8 @@ def train_controlnet(
     Args:
         run: all settings.
         output: folder of the result, checkpoints, log and validation pictures.
-        resume: go on from the newest checkpoint in ``output``; False refuses an output that has one.
-        dry_run: load and check everything, tell what would be trained, and stop.
+        resume: whether to go on from the newest checkpoint in ``output``; False refuses an output that has one.
+        dry_run: whether to load and check everything, tell what would be trained, and stop.
 
     Returns:
         What there is to say at the end; None on all processes but the first.
@@ -188,7 +188,7 @@ def _starting_controlnet(run: ControlNetRun, models: BaseModels) -> tuple[Contro
 
 
 def _of(data: DataConfig, source: str | None) -> DataConfig:
-    """The same settings for another source; only one that is named can hold pictures that training does not see."""
+    """Return the settings for another source; only one that is named can hold pictures that training does not see."""
     return data if source is None else replace(data, source=source)
 
 
@@ -225,7 +225,7 @@ def _announce(task: Task, setup: _Setup, what: str, detail: str) -> None:
 
 
 def _train(task: Task, setup: _Setup, resume: bool, dry_run: bool) -> dict[str, Any] | None:
-    """Train ``task``; what to tell of it, on the first process."""
+    """Train ``task``; return what to tell of it, on the first process."""
     run, accelerator, output = setup.run, setup.accelerator, setup.output
     batches = open_data(
         setup.data,
@@ -253,7 +253,7 @@ def _train(task: Task, setup: _Setup, resume: bool, dry_run: bool) -> dict[str, 
 
 
 def _leak(setup: _Setup, options: ProbeOptions, controlnet: ControlNetModel | None) -> list[dict[str, float]]:
-    """Return the leak test of the finished probe, also in ``leak.json``; no rows if it cannot be made."""
+    """Run the leak test of the finished probe, also into ``leak.json``; no rows if it cannot be made."""
     models, condition = setup.models, setup.run.condition
     data = _of(setup.data, options.leak_data)
     pictures = first_pictures(data, models, condition, options.leak_pictures)

@@ -15,7 +15,7 @@ def mix_seed(seed: int, index: int) -> int:
     runs of different seeds do not walk through the same sequence at an offset.
 
     Args:
-        seed: of the run, any integer.
+        seed: seed of the run, any integer.
         index: number of the stream, from 0.
     """
     key = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "big")

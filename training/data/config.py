@@ -17,7 +17,7 @@ class DataConfig:
     """A set of captioned pictures.
 
     Attributes:
-        source: one of
+        source: where the pictures are, one of
             - a folder of pictures with ``metadata.jsonl`` (the imagefolder convention of HF datasets: a JSON object a
               line with ``file_name`` and ``text``; ``NAME_file_name`` is the picture of column ``NAME``), or a folder
               of such folders, its splits;
@@ -34,10 +34,10 @@ class DataConfig:
         fit: ``crop`` scales a picture until it covers the target and cuts the middle out, ``random-crop`` a random
             place, ``stretch`` scales both sides to the target. Control maps are cut in the same way.
         flip: mirror every second picture, drawn at random, with its control map. The caption stays as it is.
-        workers: processes that load pictures, per training process; 0: it loads them itself.
-        shuffle: another order in every epoch.
-        shuffle_buffer: samples of shards that are read together to be shuffled, undecoded, per worker: more mixes
-            better and takes more memory.
+        workers: number of processes that load pictures, per training process; 0: it loads them itself.
+        shuffle: whether every epoch has another order.
+        shuffle_buffer: number of samples of shards that are read together to be shuffled, undecoded, per worker: more
+            mixes better and takes more memory.
     """
 
     source: str | tuple[str, ...]
@@ -53,10 +53,10 @@ class DataConfig:
     shuffle_buffer: int = 1000
 
     def __post_init__(self) -> None:
-        """Lists, as TOML and JSON have them, become tuples.
+        """Make tuples of lists, as TOML and JSON have them.
 
         Raises:
-            UsageError: naming every value that is out of range.
+            UsageError: a value is out of range; all such values are named.
         """
         for name in ("source", "resolution"):
             if isinstance(value := getattr(self, name), list):

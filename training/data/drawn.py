@@ -17,8 +17,8 @@ class DrawnBatches:
 
     Args:
         draw: makes a batch; every random choice comes from the generator that it is given.
-        seed: of the draws.
-        rank: of this process, so that each draws its own.
+        seed: seed of the draws.
+        rank: number of this process, so that each draws its own.
     """
 
     def __init__(self, draw: Draw, seed: int, rank: int = 0) -> None:

@@ -80,7 +80,7 @@ class IconSet:
 
 
 def is_held_out(name: str, style: str) -> bool:
-    """Whether the pair belongs to the fixed held-out set: a hash decides, so it never depends on order or version."""
+    """Tell whether the pair belongs to the fixed held-out set: a hash decides, whatever the order or version."""
     digest = hashlib.sha256(f"{name}|{style}".encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
@@ -201,7 +201,7 @@ def _flag_names(package: Path) -> frozenset[str]:
 
 
 def _is_skin_tone(name: str, names: set[str]) -> bool:
-    """``…-skin-tone`` in any position, or fluent's bare ``-light``/``-medium``/``-dark`` beside a plain twin."""
+    """Find ``…-skin-tone`` in any position, or fluent's bare ``-light``/``-medium``/``-dark`` by a plain twin."""
     return "skin-tone" in name or (bool(_SKIN_SUFFIX.search(name)) and _SKIN_SUFFIX.sub("", name) in names)
 
 

@@ -40,12 +40,12 @@ def open_data(
     """Open a data set for training.
 
     Args:
-        config: which one, and how to cut its pictures.
-        tokenize: token ids int64 ``[n,S]`` of n captions; called in this process.
-        batch_size: pictures in a batch of this process.
+        config: names the data set, and says how to cut its pictures.
+        tokenize: gives the token ids int64 ``[n,S]`` of n captions; called in this process.
+        batch_size: number of pictures in a batch of this process.
         rank: number of this training process.
-        processes: how many there are; in an epoch no two of them get the same picture.
-        seed: of every random choice, 0 or more; the same in all processes.
+        processes: number of training processes; in an epoch no two of them get the same picture.
+        seed: seed of every random choice, 0 or more; the same in all processes.
 
     Raises:
         UsageError: the data set cannot be opened, is empty, or lacks a column.
@@ -110,7 +110,7 @@ class Batches:
         """Go to a place that `state_dict` returned. Rank, processes, seed, batch size and data must be the same.
 
         Raises:
-            UsageError: it is a place in another kind of source, or one of another number of workers.
+            UsageError: the place is one in another kind of source, or one of another number of workers.
         """
         if len(state["cursors"]) != len(self._cursors):
             raise UsageError(

@@ -18,11 +18,11 @@ class Parcel(NamedTuple):
 
     Attributes:
         pixels: uint8 ``[B,3,H,W]``.
-        control: as ``pixels``; None: the source has no control maps.
+        control: control maps, as ``pixels``; None: the source has none.
         captions: B texts.
         ids: B names for messages.
         faults: what was met while the batch was put together.
-        cursor: where the stream goes on after it, JSON-able; None: the batch's number says it.
+        cursor: where the stream goes on after the batch, JSON-able; None: the batch's number says it.
     """
 
     pixels: Tensor

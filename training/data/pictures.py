@@ -63,10 +63,10 @@ def decode(content: Content | None) -> Image.Image:
     """Return a picture of any 8-bit mode, upright by its EXIF orientation, RGB, transparent parts on white.
 
     Args:
-        content: its file; None: there is none.
+        content: the picture's file; None: there is none.
 
     Raises:
-        BrokenPictureError: it is missing, empty, damaged, not a picture, or has more than 8 bits.
+        BrokenPictureError: the picture is missing, empty, damaged, not a picture, or has more than 8 bits.
     """
     if content is None:
         raise BrokenPictureError("there is no picture")

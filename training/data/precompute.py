@@ -64,7 +64,7 @@ def precompute(data: Records, output: Path, condition: Condition, size: tuple[in
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="picture folder, data set or shards")
     parser.add_argument("output", type=Path, help="folder to write")

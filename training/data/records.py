@@ -27,10 +27,10 @@ class Records:
         self.counts = Counts()
 
     def __iter__(self) -> Iterator[Record]:
-        """Yield all of them, read one at a time.
+        """Yield all pictures, read one at a time.
 
         Raises:
-            UsageError: at the end, if no picture could be read.
+            UsageError: no picture could be read; raised at the end.
         """
         readable = False
         for sample in self.samples():

@@ -35,10 +35,10 @@ class Sample:
     """One entry of a source, not yet decoded.
 
     Attributes:
-        id: names it in messages, the same in every run.
+        id: name of the sample in messages, the same in every run.
         image: the picture's file; None: it has none.
         caption: what the source has as caption.
-        control: as ``image``, the ready control map.
+        control: the ready control map, as ``image``.
     """
 
     id: str
@@ -52,10 +52,10 @@ class Record:
     """A picture, cut to size.
 
     Attributes:
-        id: of its `Sample`.
-        image: RGB.
-        caption: empty if it has none.
-        control: RGB, of the same size; None: the source has no control maps.
+        id: id of the picture's `Sample`.
+        image: the picture, RGB.
+        caption: the caption; empty if the picture has none.
+        control: the control map, RGB, of the same size; None: the source has no control maps.
     """
 
     id: str
@@ -111,7 +111,7 @@ def read(sample: Sample, config: DataConfig, rng: np.random.Generator | None) ->
     Args:
         sample: what to read.
         config: how to cut it.
-        rng: every random choice: caption, place and mirroring; None: first caption, middle, not mirrored.
+        rng: makes every random choice: caption, place and mirroring; None: first caption, middle, not mirrored.
 
     Raises:
         BrokenPictureError: the picture or its control map cannot be used.

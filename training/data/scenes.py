@@ -97,7 +97,7 @@ class SceneSet:
     Attributes:
         images: uint8 ``[N,64,64,3]``, RGB.
         depth: uint8 ``[N,64,64]``, inverse depth, 255 nearest.
-        captions: one for each.
+        captions: one caption for each scene.
     """
 
     images: np.ndarray
@@ -133,7 +133,7 @@ def prepare(cache: Path, count: int, workers: int = 2) -> SceneSet:
 
 
 def _room(side: int, horizon: int, wall: str, floor: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Wall and floor ``[side,side,3]`` with a slight gradient of light, and their inverse depth ``[side,side]``."""
+    """Draw wall and floor ``[side,side,3]`` in a slight gradient of light, and their inverse depth ``[side,side]``."""
     rows = np.arange(side, dtype=np.float32)
     picture = np.empty((side, side, 3), np.float32)
     # Pale, so that objects stand out; the light changes across the room, not with depth.
@@ -157,7 +157,7 @@ def _shadow(picture: np.ndarray, center: float, foot: float, width: float) -> No
 def _outline(
     shape: str, side: int, center: float, foot: float, width: float, height: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the object is (bool ``[side,side]``) and how far its surface bulges towards the viewer, in [0,1]."""
+    """Find where the object is (bool ``[side,side]``) and how far its surface bulges towards the viewer, in [0,1]."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)
     u, v = (x - center) / (width / 2), (foot - y) / height  # u in [-1,1] across, v in [0,1] upwards
     radius = np.sqrt(u**2 + (2 * v - 1) ** 2)
@@ -175,7 +175,7 @@ def _outline(
 
 
 def _texture(kind: str, color: np.ndarray, side: int, period: int) -> np.ndarray:
-    """The object's paint, ``[side,side,3]``: one colour, or with lighter stripes or dots ``period`` pixels apart."""
+    """Make the object's paint ``[side,side,3]``: one colour, or with stripes or dots every ``period`` px."""
     paint = np.broadcast_to(color, (side, side, 3)).copy()
     y, x = np.mgrid[0:side, 0:side]
     if kind == "striped":

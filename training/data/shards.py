@@ -33,7 +33,7 @@ class Shards:
     """Tar files that exist and hold the columns that the configuration names.
 
     Attributes:
-        urls: of the shards, in the order of their names.
+        urls: URLs of the shards, in the order of their names.
 
     Args:
         config: names the shards and what to read from them.
@@ -154,7 +154,7 @@ def _find(pattern: str) -> Iterable[str]:
     """Yield the files that ``pattern`` names, in order.
 
     Raises:
-        UsageError: there are none, or fsspec does not know how to open them.
+        UsageError: there are no such files, or fsspec does not know how to open them.
     """
     for url in expand_braces(pattern):
         try:

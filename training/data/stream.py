@@ -28,10 +28,10 @@ class Cursor:
     """A place in a reader's endless stream, always right after a record (or at the very beginning).
 
     Attributes:
-        epoch: which epoch of this reader.
-        everything: this reader's share of the epoch had nothing readable: it reads all shards instead.
-        shard: where the block starts: position of the shard in the share ...
-        sample: ... and number of the sample in the shard.
+        epoch: number of the epoch of this reader.
+        everything: whether this reader reads all shards, because its share of the epoch had nothing readable.
+        shard: position of the shard in the share, where the block starts.
+        sample: number of the sample in the shard, where the block starts.
         taken: how many samples of the block are used up.
     """
 
@@ -102,7 +102,7 @@ class Reader:
         yield start, self._shuffled(start, block)
 
     def _share(self, epoch: int, everything: bool) -> list[tuple[str, int, int]]:
-        """(shard, turn, turns): of each of these shards, in this order, every ``turns``-th sample from ``turn`` on."""
+        """Yield (shard, turn, turns): of each shard, in this order, every ``turns``-th sample from ``turn`` on."""
         urls, number = list(self.shards.urls), len(self.shards.urls)
         if self.config.shuffle:
             urls = [urls[i] for i in np.random.default_rng([self.seed, epoch]).permutation(number)]
@@ -126,11 +126,11 @@ class ShardBatches(IterableDataset):
     Args:
         shards: where the samples are.
         config: how to read them.
-        batch_size: pictures in a batch.
-        seed: of every random choice.
+        batch_size: number of pictures in a batch.
+        seed: seed of every random choice.
         process: (rank, number of training processes).
         cursors: where each of the readers of this process goes on.
-        turn: which of them the next batch comes from.
+        turn: number of the reader that the next batch comes from.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ class Table:
         return self._root / value if is_path else value
 
     def _id(self, index: int, image: Content | None) -> str:
-        """The file's path in the source's folder, where it has one: that is what can be looked up and mended."""
+        """Return the file's path in the source's folder, where it has one: it can be looked up and mended."""
         if isinstance(image, Path) and image.is_relative_to(self._root):
             return image.relative_to(self._root).as_posix()
         return f"row {index}"
@@ -74,7 +74,7 @@ def open_table(config: DataConfig) -> Table:
     """Open a folder of pictures, a saved data set or one of the hub.
 
     Raises:
-        UsageError: it does not exist, cannot be read, is empty, or lacks the split or a column.
+        UsageError: the data set does not exist, cannot be read, is empty, or lacks the split or a column.
     """
     try:
         rows = _load(config)
@@ -115,7 +115,7 @@ def _load(config: DataConfig) -> datasets.Dataset:
 
 
 def _metadata(folder: Path) -> dict[str, str]:
-    """The metadata files of a picture folder by split: of the folder, else of each folder in it, which is a split."""
+    """Find a picture folder's metadata files by split: of the folder, else of each folder in it, which is a split."""
     for name in _METADATA:
         if (folder / name).exists():
             return {"train": str(folder / name)}

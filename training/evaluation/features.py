@@ -28,7 +28,7 @@ class FeatureExtractor(ABC):
     """Maps 8-bit pictures to one feature vector each.
 
     Args:
-        device: where it computes.
+        device: device where it computes.
     """
 
     name: str
@@ -48,8 +48,8 @@ class HedVgg16(FeatureExtractor):
     """Fourth block of the edge network's VGG16, averaged over the picture: 512 numbers.
 
     Args:
-        weights: as `icexport.conditions.Hed`'s.
-        device: where it computes.
+        weights: weights as `icexport.conditions.Hed`'s.
+        device: device where it computes.
     """
 
     name = "hed_vgg16"
@@ -63,7 +63,7 @@ class HedVgg16(FeatureExtractor):
 
     @torch.no_grad()
     def __call__(self, pictures: list[Image.Image]) -> Tensor:
-        """As `FeatureExtractor`."""
+        """See `FeatureExtractor`."""
         levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(self._device)
         features = levels.permute(0, 3, 1, 2).flip(1) - levels.new_tensor(BGR_MEAN, dtype=torch.float32).view(3, 1, 1)
         for index, block in enumerate(self._blocks):
@@ -79,7 +79,7 @@ class Inception(FeatureExtractor):
     Args:
         weights: ``.safetensors`` or ``.pth`` with the state that pytorch-fid publishes
             (``pt_inception-2015-12-05-6726825d.pth``).
-        device: where it computes.
+        device: device where it computes.
 
     Raises:
         CheckpointError: the file holds other weights, for instance torchvision's, with which the result is not FID.
@@ -104,7 +104,7 @@ class Inception(FeatureExtractor):
 
     @torch.no_grad()
     def __call__(self, pictures: list[Image.Image]) -> Tensor:
-        """As `FeatureExtractor`."""
+        """See `FeatureExtractor`."""
         levels = torch.from_numpy(np.stack([resize_like_clean_fid(picture) for picture in pictures]))
         return self._network(levels.to(self._device)).double().cpu()
 
@@ -114,10 +114,10 @@ class ClipScore:
 
     Args:
         model: folder or Hub id of a transformers CLIP model with its processor.
-        device: where it computes.
+        device: device where it computes.
 
     Raises:
-        CheckpointError: it cannot be loaded.
+        CheckpointError: the model cannot be loaded.
 
     Source: Hessel et al., "CLIPScore", 2021, with the factor 100 of torchmetrics.
     """
@@ -161,7 +161,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         At least 0. Sets of finite size make it too large, the more the smaller they are: compare equal sizes only.
 
     Raises:
-        UsageError: other shapes.
+        UsageError: the features have other shapes.
 
     Source: Dowson and Landau, "The Fréchet distance between multivariate normal distributions", 1982, equation 4.
     """
@@ -177,14 +177,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Squared maximum mean discrepancy with the cubic kernel of KID, without bias: near 0, or below, for equal sets.
+    """Compute squared maximum mean discrepancy with KID's cubic kernel, without bias: near 0, or below, for equal sets.
 
     Args:
         a: features ``[N,D]``, N at least 2.
         b: features ``[M,D]``.
 
     Raises:
-        UsageError: other shapes.
+        UsageError: the features have other shapes.
 
     Source: Binkowski et al., "Demystifying MMD GANs", 2018, equations 3 and 4.
     """

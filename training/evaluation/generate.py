@@ -38,11 +38,11 @@ class Sampling:
     """How pictures are drawn; the defaults are the paper's.
 
     Attributes:
-        steps: of the scheduler.
+        steps: number of steps of the scheduler.
         guidance_scale: weight of the prompt; 1: no guidance.
         negative_prompt: what to avoid.
         scheduler: ``unipc``, or a name of diffusers (``DDIM`` ...).
-        seed: of all pictures together.
+        seed: seed of all pictures together.
     """
 
     steps: int = 20
@@ -57,7 +57,7 @@ class Item:
     """One condition to draw: what is needed of it, without its pixels.
 
     Attributes:
-        id: unique in the set.
+        id: name of the condition, unique in the set.
         caption: the prompt.
         control: file of the control map, at the size of the pictures.
         digest: SHA-256 of the control map's pixels.
@@ -75,7 +75,7 @@ class Sampler:
 
     Attributes:
         pipe: diffusers' ControlNet pipeline or one that is called like it.
-        source: what was loaded, for people.
+        source: what was loaded, in words for people.
         key: hash of the weights; samplers of equal key, dtype and sampling draw the same.
         size: (height, width) in pixels.
         calls: numbers of pictures that one call takes.
@@ -115,17 +115,17 @@ def load_model(
     """Return diffusers' own pipeline on a base model and a ControlNet, loaded strictly and from safetensors.
 
     Args:
-        condition: names the ControlNet's folder where ``controlnet`` is None.
+        condition: name of the condition, which names the ControlNet's folder where ``controlnet`` is None.
         model: ``reference``, a folder or a Hub id.
         controlnet: a folder or a Hub id.
-        sampling: its scheduler is checked here.
+        sampling: settings of the pictures; the scheduler is checked here.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
-        device: None: the CPU.
-        size: (height, width); None: the model's own.
+        device: device to draw on; None: the CPU.
+        size: (height, width) in pixels; None: the model's own.
 
     Raises:
-        UsageError: an unknown scheduler, or no ControlNet for the condition.
-        CheckpointError: weights that are missing or damaged.
+        UsageError: the scheduler is unknown, or there is no ControlNet for the condition.
+        CheckpointError: weights are missing or damaged.
     """
     source = ModelSource.find(condition, model, controlnet, "none")
     scheduler = choose_scheduler(sampling.scheduler, load_scheduler(source.base / "scheduler"))
@@ -174,7 +174,7 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
     """Note what the pictures in ``output`` are drawn with, or check that those there were drawn with the same.
 
     Raises:
-        UsageError: they were not; every difference is listed.
+        UsageError: they were drawn with other settings; every difference is listed.
     """
     path = output / SETTINGS
     settings = json.loads(json.dumps(settings))
@@ -212,12 +212,12 @@ def draw_missing(
     """Draw every picture that ``folder`` lacks; each appears complete or not at all.
 
     Args:
-        sampler: draws them.
-        sampling: with these settings.
+        sampler: draws the pictures.
+        sampling: settings of the pictures.
         items: the conditions.
-        groups: pictures of each.
-        folder: of the files, see `picture_path`.
-        scale: of the ControlNet; 0 switches it off.
+        groups: number of pictures of each condition.
+        folder: folder of the files, see `picture_path`.
+        scale: scale of the ControlNet; 0 switches it off.
         batch_size: largest number of pictures in one call.
         progress: told how far it is.
 
@@ -246,7 +246,7 @@ def open_picture(path: Path) -> Image.Image:
     """Return a picture of ours, RGB.
 
     Raises:
-        UsageError: it is missing or damaged.
+        UsageError: the picture is missing or damaged.
     """
     try:
         with Image.open(path) as image:

@@ -23,14 +23,14 @@ def bootstrap_mean(
     Args:
         values: ``[N]``, one finite number a picture.
         ids: the condition of each picture; None: each is its own.
-        seed: of the resampling.
+        seed: seed of the resampling.
         resamples: number of resamples.
 
     Returns:
         Mean, low end, high end. With fewer than two conditions the ends are NaN.
 
     Raises:
-        UsageError: nothing to average, values that are not finite, or another number of ids.
+        UsageError: there is nothing to average, values are not finite, or the number of ids is another.
 
     Source: Efron, "Bootstrap methods: another look at the jackknife", 1979; clusters as in Davison and Hinkley, 1997,
     section 3.8.
@@ -67,11 +67,11 @@ def paired_bootstrap(
     """Return the mean of ``a - b`` over pictures made of the same conditions and seeds, and its 95 % interval.
 
     Args:
-        a: ``[N]``.
-        b: ``[N]`` in the same order.
-        ids: as `bootstrap_mean`, and so are the other arguments, result and errors.
+        a: values ``[N]``.
+        b: values ``[N]`` in the same order.
+        ids: see `bootstrap_mean`, as for the other arguments, result and errors.
         resamples: number of resamples.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Raises:
         UsageError: ``a`` and ``b`` have different lengths.

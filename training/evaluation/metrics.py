@@ -36,10 +36,10 @@ class Metric:
     """What one number means.
 
     Attributes:
-        title: for people.
-        unit: of the number.
-        higher_is_better: which way is up.
-        legacy: part of the published protocol only, with its flaws.
+        title: name of the metric, for people.
+        unit: unit of the number.
+        higher_is_better: whether more is better.
+        legacy: whether it is part of the published protocol only, with its flaws.
     """
 
     title: str
@@ -85,8 +85,8 @@ class Readings:
     """What an extractor finds in pictures.
 
     Attributes:
-        maps: ``[N,1,H,W]`` in [0,1], multiples of 1/255.
-        legacy: ``[N,1,H,W]``, what the published protocol would compare instead, or None.
+        maps: maps ``[N,1,H,W]`` in [0,1], multiples of 1/255.
+        legacy: maps ``[N,1,H,W]`` that the published protocol would compare instead, or None.
     """
 
     maps: Tensor
@@ -98,8 +98,8 @@ def score_pictures(condition: Condition, pictures: Tensor, controls: Tensor) -> 
 
     Args:
         condition: reads the pictures, with its options.
-        pictures: ``[N,3,H,W]`` in [0,1]; rounded to 8 bits first, as saved files are.
-        controls: ``[N,3,H,W]`` in [0,1], the control map of each picture.
+        pictures: pictures ``[N,3,H,W]`` in [0,1]; rounded to 8 bits first, as saved files are.
+        controls: control map of each picture, ``[N,3,H,W]`` in [0,1].
 
     Returns:
         ``[N]`` float32 for each name in ``metrics_of(condition)``.
@@ -150,11 +150,11 @@ def unavailable(condition: Condition, height: int, width: int) -> dict[str, str]
 
 
 def exact_f1(predicted: Tensor, target: Tensor) -> Tensor:
-    """F1 of edge pixels at exactly the same place, 0 for two blank maps, as torchmetrics' ``BinaryF1Score`` has it.
+    """Compute F1 of edge pixels at exactly the same place, 0 for two blank maps, as torchmetrics' ``BinaryF1Score``.
 
     Args:
-        predicted: ``[N,1,H,W]``, edges above 0.5.
-        target: same shape.
+        predicted: maps ``[N,1,H,W]``, edges above 0.5.
+        target: maps of the same shape.
 
     Returns:
         ``[N]`` in [0,1]. (The published code pools the four pictures of a condition before it divides.)
@@ -179,8 +179,8 @@ def affine_depth_rmse(predicted: Tensor, target: Tensor) -> Tensor:
     """Return the RMSE of relative depth after the scale and shift that make it smallest, for each picture on its own.
 
     Args:
-        predicted: ``[N,1,H,W]``, any scale and offset; a flat map is compared by its shift alone.
-        target: same shape, stretched to 0-255 by its own minimum and maximum first.
+        predicted: maps ``[N,1,H,W]`` of any scale and offset; a flat map is compared by its shift alone.
+        target: maps of the same shape, stretched to 0-255 by their own minimum and maximum first.
 
     Returns:
         ``[N]`` 8-bit levels. At most the standard deviation of the target.
@@ -197,8 +197,8 @@ def legacy_depth_rmse(predicted: Tensor, target: Tensor) -> Tensor:
     """Return the published RMSE: the prediction divided by its maximum, the label stretched by minimum and maximum.
 
     Args:
-        predicted: ``[N,1,H,W]`` whole levels, as `legacy_depth` gives them.
-        target: same shape, any range.
+        predicted: maps ``[N,1,H,W]`` of whole levels, as `legacy_depth` gives them.
+        target: maps of the same shape and any range.
 
     Returns:
         ``[N]`` 8-bit levels.
@@ -208,7 +208,7 @@ def legacy_depth_rmse(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def legacy_depth(depth: Tensor) -> Tensor:
-    """Depth ``[N,1,H,W]`` divided by its maximum, in whole 8-bit levels. Negative depth, which DPT lacks, is 0."""
+    """Divide depth ``[N,1,H,W]`` by its maximum, in whole 8-bit levels. Negative depth, which DPT lacks, is 0."""
     depth = depth.clamp(min=0)
     return _cut(255 * depth / depth.amax((1, 2, 3), keepdim=True).clamp(min=EPS))
 

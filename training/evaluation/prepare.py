@@ -31,7 +31,7 @@ class HeldOut:
 
     Attributes:
         items: the conditions, in the order of the data.
-        features: of the real pictures, ``[N,D]`` by extractor.
+        features: features ``[N,D]`` of the real pictures, by extractor.
         counts: what the result says of the data.
     """
 
@@ -53,16 +53,16 @@ def prepare(
     """Go through the data once, and keep no picture in memory.
 
     Args:
-        data: the set; broken pictures are skipped and counted.
+        data: the data set; broken pictures are skipped and counted.
         condition: extracts the control maps that the set lacks.
-        folder: where the control maps are written.
+        folder: folder where the control maps are written.
         max_samples: use the first so many usable pictures; None: all.
-        batch_size: pictures that are read at once.
-        device: where control maps are extracted.
-        extractors: of the features.
+        batch_size: number of pictures that are read at once.
+        device: device where control maps are extracted.
+        extractors: extractors of the features.
 
     Raises:
-        UsageError: no usable picture, or two with one id.
+        UsageError: there is no usable picture, or two have one id.
         ConditionError: the condition lacks weights.
     """
     folder.mkdir(parents=True, exist_ok=True)

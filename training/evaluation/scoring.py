@@ -29,9 +29,9 @@ class Judged:
     """What one set of pictures got: N conditions, G pictures of each, the pictures of a condition side by side.
 
     Attributes:
-        scores: ``[N*G]`` by metric.
-        chance: ``[N*G]`` by metric, against the maps of other conditions; empty for a single condition.
-        features: ``[N,G,D]`` by extractor.
+        scores: scores ``[N*G]`` by metric.
+        chance: scores ``[N*G]`` by metric, against the maps of other conditions; empty for a single condition.
+        features: features ``[N,G,D]`` by extractor.
     """
 
     scores: dict[str, Tensor]
@@ -94,9 +94,9 @@ def summarise(
     Args:
         condition: what was judged.
         items: the conditions.
-        groups: pictures of each.
-        judged: ``control`` and, where they were drawn, ``no_control``.
-        seed: of the resampling.
+        groups: number of pictures of each condition.
+        judged: what ``control`` got and, where it was drawn, ``no_control``.
+        seed: seed of the resampling.
     """
     ids = [item.id for item in items for _ in range(groups)]
     with Image.open(items[0].control) as control:
@@ -123,7 +123,7 @@ def summarise(
 def statistics(
     extractors: Sequence[FeatureExtractor], real: Mapping[str, Tensor], judged: Mapping[str, Judged]
 ) -> dict[str, Any]:
-    """Distances of every set of pictures from the real ones: each group on its own, then the mean, as in the paper.
+    """Compute every set's distances from the real pictures: each group on its own, then the mean, as in the paper.
 
     ``between_real_halves`` is the distance of every other real picture from the rest, as a scale: what equal
     distributions give with half of the pictures.
@@ -148,7 +148,7 @@ def check_pictures(items: Sequence[Item], groups: int, folder: Path) -> None:
     """Check that every picture is there.
 
     Raises:
-        UsageError: the first missing ones are named.
+        UsageError: pictures are missing; the first ones are named.
     """
     paths = [picture_path(folder, item.id, group) for item in items for group in range(groups)]
     if missing := [path.name for path in paths if not path.is_file()]:

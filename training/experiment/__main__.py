@@ -45,7 +45,7 @@ def prepare(recipe: Recipe, condition: str, work: Path) -> None:
 
 
 def jobs(recipe: Recipe, work: Path) -> list[tuple[str, Arm, int]]:
-    """What is left to run, as (condition, arm, seed): the arms of the claim with every seed, then the other arms."""
+    """List what is left to run, as (condition, arm, seed): the arms of the claim with every seed, then the others."""
     ordered = [
         (condition, arm, seed)
         for claimed in (True, False)
@@ -58,7 +58,7 @@ def jobs(recipe: Recipe, work: Path) -> list[tuple[str, Arm, int]]:
 
 
 def main() -> None:
-    """Command line of ``python -m training.experiment``."""
+    """Run the command line of ``python -m training.experiment``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="networks, pictures and results")
     parser.add_argument("--recipe", type=Path, default=DEFAULT)
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _call(own: list[str], work: Path, condition: str, name: str, seed: int) -> None:
-    """A run in a process of its own: its memory is freed, and several can run side by side."""
+    """Run in a process of its own: its memory is freed, and several can run side by side."""
     logger.info("%s %s, seed %d", condition, name, seed)
     log = work / "logs" / f"{condition}-{name}-{seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ class Arm:
     """One way to spend the budget.
 
     Attributes:
-        name: of the table in the recipe.
+        name: name of the table in the recipe.
         loss: what is minimised besides the diffusion loss.
         probe: what the alignment reads with.
     """
@@ -60,7 +60,7 @@ class Recipe:
         """Read a TOML file.
 
         Raises:
-            UsageError: it is no recipe.
+            UsageError: the file is no recipe.
         """
         try:
             return cls.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -69,7 +69,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """From the tables of a TOML file."""
+        """Make a recipe from the tables of a TOML file."""
         values = dict(values)
         arms = [_arm(name, dict(table)) for name, table in values.pop("arms").items()]
         for name in ("fork", "probe", "judge", "training"):
@@ -82,7 +82,7 @@ class Recipe:
         """Return the arm called ``name``.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is no such arm.
         """
         for arm in self.arms:
             if arm.name == name:
@@ -98,5 +98,5 @@ def _arm(name: str, table: dict[str, Any]) -> Arm:
 
 
 def _training(table: dict[str, Any]) -> dict[str, Any]:
-    """One checkpoint at the end is enough: a stage takes minutes."""
+    """Ask for one checkpoint at the end, which is enough: a stage takes minutes."""
     return {"checkpoint_every": table["steps"], "keep_checkpoints": 1} | table

@@ -24,8 +24,8 @@ class Measure:
     """A number that is compared.
 
     Attributes:
-        key: in ``result.json``.
-        title: for people.
+        key: name of the number in ``result.json``.
+        title: name of the number for people.
         better: 1 where more is better, -1 where less is.
     """
 
@@ -49,13 +49,13 @@ class Row:
     """What the runs of one arm say.
 
     Attributes:
-        arm: its name.
-        seeds: that were run.
-        mean: of the measure over seeds and held-out conditions.
-        difference: to the baseline's runs of the same seeds, with a 95 % interval over conditions; positive is better.
-            None for the baseline, and where no seed is shared.
+        arm: name of the arm.
+        seeds: seeds that were run.
+        mean: mean of the measure over seeds and held-out conditions.
+        difference: difference to the baseline's runs of the same seeds, with a 95 % interval over conditions; positive
+            is better. None for the baseline, and where no seed is shared.
         by_seed: the difference for each seed.
-        result: of every seed.
+        result: result of every seed.
     """
 
     arm: str
@@ -137,7 +137,7 @@ def table(recipe: Recipe, work: Path, condition: str) -> str:
 
 
 def leak_table(start: dict[str, Any]) -> str:
-    """How hard each loss pulls where the arms start, and what each probe reads of another picture's control map."""
+    """Tell how hard each loss pulls where the arms start, and what each probe reads of another picture's map."""
     norms = ", ".join(f"{name} {value:.4g}" for name, value in start["gradients"].items())
     lines = [
         f"Gradient norms at the start, each loss with weight 1: {norms}.",
@@ -156,7 +156,7 @@ def leak_table(start: dict[str, Any]) -> str:
 
 
 def plot(recipe: Recipe, work: Path, path: Path) -> None:
-    """Each arm's gain over plain fine-tuning: the mean with its interval, and a dot for each seed."""
+    """Plot each arm's gain over plain fine-tuning: the mean with its interval, and a dot for each seed."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(recipe.conditions), figsize=(5.4 * len(recipe.conditions), 3.6), squeeze=False)
@@ -197,7 +197,7 @@ def _summary(recipe: Recipe, work: Path, condition: str) -> dict[str, Any]:
 
 
 def _results(recipe: Recipe, folder: Path) -> dict[int, dict[str, Any]]:
-    """By seed, what was run of an arm."""
+    """Return by seed what was run of an arm."""
     folders = {seed: folder / f"seed-{seed}" for seed in recipe.seeds}
     return {seed: _read(path) for seed, path in folders.items() if (path / RESULT).exists()}
 

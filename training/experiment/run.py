@@ -74,7 +74,7 @@ def run_arm(setting: Setting, arm: Arm, seed: int) -> Path:
 
 
 def gradient_norms(setting: Setting, count: int = 8) -> dict[str, float]:
-    """How hard each loss pulls at the ControlNet that the arms start from, at weight 1: mean norm over batches."""
+    """Measure how hard each loss pulls at the arms' first ControlNet, at weight 1: mean norm over batches."""
     parts = {
         "diffusion": LossConfig(),
         "alignment": LossConfig(beta=1.0),
@@ -113,7 +113,7 @@ def save(result: dict[str, Any], folder: Path) -> None:
 
 
 def judge(setting: Setting, controlnet: ControlNetModel | None, folder: Path) -> dict[str, Any]:
-    """Scores of the held-out conditions, a list each, with ``controlnet`` or (None) with the control switched off."""
+    """Score the held-out conditions, a list each, with ``controlnet`` or (None) with the control switched off."""
     data, network = setting.held_out, setting.judge()
     controls = (data.maps.float() / 255)[:, None]
     pictures = draw(setting, controlnet or setting.fork(), 1.0 if controlnet is not None else 0.0)

@@ -37,10 +37,10 @@ class Pictures:
     """Scenes with their control maps.
 
     Attributes:
-        pixels: uint8 ``[N,3,H,W]``.
-        maps: uint8 ``[N,H,W]``.
-        captions: one for each.
-        latents: float32 ``[N,4,h,w]``, scaled.
+        pixels: pictures, uint8 ``[N,3,H,W]``.
+        maps: control maps, uint8 ``[N,H,W]``.
+        captions: one caption for each picture.
+        latents: scaled latents, float32 ``[N,4,h,w]``.
     """
 
     pixels: Tensor
@@ -53,8 +53,8 @@ class Setting:
     """Everything about one condition that arms share; made on first use and kept in ``work``.
 
     Args:
-        recipe: of the experiment.
-        name: of the condition.
+        recipe: recipe of the experiment.
+        name: name of the condition.
         work: folder of the experiment.
     """
 

@@ -46,9 +46,9 @@ class Checkpoint:
     """What one checkpoint holds.
 
     Attributes:
-        path: its folder.
-        tensors: by file (``model``, ``ema``, ``optimizer``) and name, on the CPU.
-        state: the rest.
+        path: the checkpoint's folder.
+        tensors: tensors by file (``model``, ``ema``, ``optimizer``) and name, on the CPU.
+        state: the rest of the checkpoint.
     """
 
     path: Path
@@ -60,8 +60,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: of all checkpoints; need not exist.
-        keep: how many of the newest to keep.
+        folder: folder of all checkpoints; need not exist.
+        keep: how many of the newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -80,9 +80,9 @@ class Checkpoints:
         """Write the checkpoint of ``step``, then remove those that are no longer kept.
 
         Args:
-            step: updates so far.
-            tensors: by file and name; a file without any is left out.
-            state: JSON-able.
+            step: number of updates so far.
+            tensors: tensors by file and name; a file without any is left out.
+            state: the rest of the checkpoint, JSON-able.
 
         Raises:
             IcexportError: the disk is full or refuses; older checkpoints are as they were.
@@ -108,7 +108,7 @@ class Checkpoints:
         """Read the newest checkpoint; None if there is none.
 
         Raises:
-            CheckpointError: it is damaged, incomplete, or of another version of this format.
+            CheckpointError: the checkpoint is damaged, incomplete, or of another version of this format.
         """
         paths = self.paths()
         if not paths:
@@ -134,7 +134,7 @@ class Checkpoints:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of memory of their own, as safetensors demands: 8-bit moments share one table of quantisation levels."""
+    """Give tensors memory of their own, as safetensors demands: 8-bit moments share one table of quantised levels."""
     found: dict[str, Tensor] = {}
     memory = set()
     for name, tensor in tensors.items():
@@ -151,10 +151,10 @@ def _remove(folder: Path) -> None:
 
 
 def gather_model(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers under their plain names; every process must call this, the first one gets them.
+    """Gather parameters and buffers under their plain names; every process must call this, the first one gets them.
 
     Args:
-        model: plain, or wrapped by DDP, ``torch.compile`` or FSDP 2.
+        model: the model, plain, or wrapped by DDP, ``torch.compile`` or FSDP 2.
     """
     state: dict[str, Any] = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -163,7 +163,7 @@ def gather_model(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and counters, ``<parameter>/<name>``; every process must call this, the first one gets them."""
+    """Gather moments and counters, ``<parameter>/<name>``; every process must call this, the first one gets them."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
     return {
@@ -177,7 +177,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Chec
     """Put model and optimiser back; every process must call this with the whole checkpoint.
 
     Raises:
-        CheckpointError: it is of another network or optimiser.
+        CheckpointError: the checkpoint is of another network or optimiser.
     """
     options = StateDictOptions(full_state_dict=any(isinstance(p, DTensor) for p in model.parameters()))
     saved = checkpoint.tensors["optimizer"]
@@ -199,5 +199,5 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Chec
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One parameter's state without the extra level that bitsandbytes puts its moments in, and does not need back."""
+    """Strip one parameter's state of the extra level that bitsandbytes puts its moments in, and does not need back."""
     return {name: value for name, value in values.items() if name != _QUANTISED} | dict(values.get(_QUANTISED, {}))

@@ -18,26 +18,27 @@ class TrainerConfig:
     """How long, how fast and how carefully to train. One update is ``accumulation`` micro steps in every process.
 
     Attributes:
-        steps: updates in all.
-        batch_size: pictures of one micro step of one process; what ``batches`` yields, noted here for the record.
-        accumulation: micro steps of an update.
-        learning_rate: its peak.
-        warmup: updates over which the rate rises linearly.
-        schedule: how it falls: not at all, linearly, or as half a cosine.
-        decay: share of ``steps``, at the end, over which it falls to zero.
-        weight_decay: AdamW's.
-        betas: AdamW's.
-        eps: AdamW's.
+        steps: number of updates in all.
+        batch_size: number of pictures of one micro step of one process; what ``batches`` yields, noted here for the
+            record.
+        accumulation: number of micro steps of an update.
+        learning_rate: peak of the learning rate.
+        warmup: number of updates over which the rate rises linearly.
+        schedule: how the rate falls: not at all, linearly, or as half a cosine.
+        decay: share of ``steps``, at the end, over which the rate falls to zero.
+        weight_decay: weight decay of AdamW.
+        betas: betas of AdamW.
+        eps: epsilon of AdamW.
         max_grad_norm: gradients are scaled down to this norm; ``math.inf`` leaves them as they are.
         optimizer: ``adamw``, or ``adamw-8bit`` of bitsandbytes.
         precision: what the forward pass computes in; parameters are float32 in any case.
-        ema_decay: of the averaged weights; None trains without.
-        seed: of every random choice of the task.
-        checkpoint_every: updates between two checkpoints.
-        keep_checkpoints: how many of the newest stay.
-        log_every: updates between two rows of the log.
-        validate_every: updates between two validations; 0: never.
-        trackers: names that Accelerate knows, such as ``tensorboard``.
+        ema_decay: decay of the averaged weights; None trains without.
+        seed: seed of every random choice of the task.
+        checkpoint_every: number of updates between two checkpoints.
+        keep_checkpoints: how many of the newest checkpoints stay.
+        log_every: number of updates between two rows of the log.
+        validate_every: number of updates between two validations; 0: never.
+        trackers: names of trackers that Accelerate knows, such as ``tensorboard``.
 
     Raises:
         UsageError: values that cannot be used; all of them are listed.

@@ -38,7 +38,8 @@ class Ema:
         """Return the averages, whole and on the CPU; every process must call this.
 
         Args:
-            empty: take part in the exchange only and return nothing: for all processes but the one that writes.
+            empty: whether to take part in the exchange only and return nothing: for all processes but the one that
+                writes.
         """
         state = {}
         for name, mean in self._mean.items():

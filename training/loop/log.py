@@ -26,11 +26,12 @@ class TrainingLog:
     Use it as a context manager. Only the first process writes.
 
     Args:
-        accelerator: of the run; its trackers get every row.
+        accelerator: accelerator of the run; its trackers get every row.
         output: the run's folder.
         name: what is trained.
-        first: updates that a checkpoint has behind it; rows of later ones are dropped, they are going to be repeated.
-        steps: updates in all.
+        first: number of updates that a checkpoint has behind it; rows of later ones are dropped, they are going to be
+            repeated.
+        steps: number of updates in all.
         settings: what trackers show as the run's configuration.
     """
 
@@ -76,7 +77,7 @@ class TrainingLog:
         self._bar.update(self._task, completed=step)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of the log."""
+        """Write one row of the log."""
         self._append("log.jsonl", step, values)
         self._accelerator.log(_finite(values), step=step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -85,7 +86,7 @@ class TrainingLog:
             logger.info("%s step %d: %s", self._name, step, text)
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of the validation's log, if there is anything to say."""
+        """Write one row of the validation's log, if there is anything to say."""
         if not values:
             return
         self._append("validation.jsonl", step, values)

@@ -51,13 +51,13 @@ class Meter:
     to that much later, under its own number and with its own pictures, and never reaches a checkpoint or a result.
 
     Args:
-        accelerator: of the run.
+        accelerator: accelerator of the run.
         totals: sums and counts that a checkpoint between two rows has saved.
 
     Attributes:
-        totals: of each loss since the last row, over all processes: sum and count.
-        seconds: of training since the last row, pauses left out.
-        pictures: trained on since the last row, by all processes.
+        totals: sum and count of each loss since the last row, over all processes.
+        seconds: time of training since the last row, pauses left out.
+        pictures: number of pictures trained on since the last row, by all processes.
     """
 
     def __init__(self, accelerator: Accelerator, totals: Mapping[str, Any] | None = None) -> None:

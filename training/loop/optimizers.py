@@ -30,8 +30,8 @@ def new_optimizer(
         parameters: what to train.
         device: where the parameters are going to be.
         betas: decays of the first and second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, of all parameters.
+        eps: number that is added to the root of the second moment.
+        weight_decay: decoupled weight decay of all parameters.
 
     Raises:
         UsageError: the 8-bit optimiser was asked for and bitsandbytes is missing.

@@ -39,8 +39,8 @@ def make_accelerator(config: TrainerConfig, output: Path) -> Accelerator:
         output: the run's folder; trackers that write files write into ``output/tracking``.
 
     Raises:
-        UsageError: an unknown tracker, a precision that the device lacks, or one that differs from an earlier
-            Accelerator's in this process.
+        UsageError: the tracker is unknown, the device lacks the precision, or the precision differs from that of an
+            earlier Accelerator in this process.
     """
     cpu = not torch.accelerator.is_available()
     if cpu and config.precision == "fp16":
@@ -74,7 +74,7 @@ def check_accelerator(accelerator: Accelerator, config: TrainerConfig) -> None:
     """Refuse what the trainer cannot do.
 
     Raises:
-        UnsupportedOptionError: DeepSpeed, Megatron, XLA, FSDP 1, or 8-bit moments with FSDP.
+        UnsupportedOptionError: the run uses DeepSpeed, Megatron, XLA, FSDP 1, or 8-bit moments with FSDP.
         UsageError: a precision or a tracker that differs from the configuration's.
     """
     kind = accelerator.distributed_type
@@ -106,7 +106,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], object]) -> None:
     """Do ``work`` in the first process while the others wait, and let all of them fail if it fails.
 
     Raises:
-        IcexportError: what ``work`` raised; also for an error of the disk.
+        IcexportError: ``work`` raised it; also for an error of the disk.
     """
     failure: IcexportError | None = None
     if accelerator.is_main_process:

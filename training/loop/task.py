@@ -30,8 +30,8 @@ class Task(nn.Module):
         """Return the losses of one micro step.
 
         Args:
-            batch: on the CPU; the task moves what it needs to ``self.device``.
-            generator: of the CPU, seeded anew for every micro step; every random choice must come from it.
+            batch: a batch on the CPU; the task moves what it needs to ``self.device``.
+            generator: generator of the CPU, seeded anew for every micro step; every random choice must come from it.
 
         Returns:
             Scalars by name. ``loss`` is minimised; the others are logged, and may be missing in some steps.
@@ -43,7 +43,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Return numbers by name, and pictures in ``folder``, which exists.
+        """Return numbers by name, and write pictures into ``folder``, which exists.
 
         Called in the first process only, on a copy that holds the averaged weights, in eval mode, without gradients,
         in the precision of training.
@@ -51,7 +51,7 @@ class Task(nn.Module):
         return {}
 
     def settings(self) -> dict[str, Any]:
-        """What decides the computation (loss weights, taps, models), JSON-able: a run goes on only with the same."""
+        """Return what decides the computation (loss weights, taps ...), JSON-able: a run resumes only with the same."""
         return {}
 
     @property

@@ -56,9 +56,9 @@ class TrainResult:
     """What a run came to.
 
     Attributes:
-        step: updates in all, those of earlier runs that it resumed included.
-        seconds: of this run.
-        pictures_per_second: of this run's training alone, over all processes; 0 if there was nothing left to do.
+        step: number of updates in all, those of earlier runs that it resumed included.
+        seconds: time of this run.
+        pictures_per_second: speed of this run's training alone, over all processes; 0 if there was nothing left to do.
         losses: the last row of the log: means over its interval.
         output: the run's folder.
     """
@@ -83,18 +83,18 @@ def train(
 
     Args:
         task: holds the live weights afterwards (under FSDP: this process's shards).
-        batches: this process's share.
-        config: see there.
+        batches: this process's share of the data.
+        config: settings of the training, see `TrainerConfig`.
         output: folder of everything that is written; all processes must see the same one.
-        accelerator: from ``make_accelerator``, which is called if None.
-        resume: False refuses an ``output`` that has checkpoints.
+        accelerator: accelerator from ``make_accelerator``, which is called if None.
+        resume: whether to go on from a checkpoint; False refuses an ``output`` that has checkpoints.
 
     Raises:
-        UsageError: settings that cannot be used or differ from those of the checkpoint, an ``output`` in use.
+        UsageError: settings cannot be used or differ from those of the checkpoint, or ``output`` is in use.
         CheckpointError: the newest checkpoint is damaged.
         NonFiniteError: loss or gradient is NaN or infinite; step, pictures and last good checkpoint are named.
         IcexportError: the disk is full. The last checkpoint stays valid.
-        KeyboardInterrupt: Ctrl-C or SIGTERM. What came after the last checkpoint is lost, nothing else.
+        KeyboardInterrupt: Ctrl-C or SIGTERM arrived. What came after the last checkpoint is lost, nothing else.
     """
     started = time.perf_counter()
     accelerator = accelerator or make_accelerator(config, output)
@@ -293,7 +293,7 @@ class _Run:
         """Refuse to write over another run.
 
         Raises:
-            UsageError: see there.
+            UsageError: ``output`` cannot be used, see `train`.
         """
         begun = bool(self._checkpoints.paths())
         if begun and not resume:

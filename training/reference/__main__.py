@@ -16,7 +16,7 @@ from training.reference import stages, tokenizer
 
 
 def main() -> None:
-    """Command line of ``python -m training.reference``."""
+    """Run the command line of ``python -m training.reference``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints, loss curves and pictures")
     parser.add_argument("--output", type=Path, default=None, help="the model's folder (default: WORK/model)")

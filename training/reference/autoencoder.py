@@ -40,8 +40,8 @@ def rotate_hue(pixels: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Turn each picture's colours about the grey axis.
 
     Args:
-        pixels: ``[B,3,H,W]`` in [0,1].
-        angle: ``[B]`` in radians.
+        pixels: pictures ``[B,3,H,W]`` in [0,1].
+        angle: angle of each picture ``[B]`` in radians.
     """
     third, root = 1 / 3, math.sqrt(1 / 3)
     cos, sin = angle.cos(), angle.sin()
@@ -72,7 +72,7 @@ class AutoencoderTask(Task):
 
     Args:
         vae: where training starts; trained in place.
-        name: of the stage.
+        name: name of the stage.
     """
 
     def __init__(self, vae: AutoencoderKL, name: str) -> None:
@@ -104,7 +104,7 @@ def encode(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> to
 
 
 def encode_shared(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """``encode``, with the pictures divided among the processes; every process gets all latents."""
+    """Call ``encode`` with the pictures divided among the processes; every process gets all latents."""
     state = PartialState()
     share = -(-len(images) // state.num_processes)
     part = encode(vae, images[state.process_index * share :][:share])

@@ -48,7 +48,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def noise_scheduler() -> DDPMScheduler:
-    """Stable Diffusion's noise schedule. Velocity prediction (as SD 2.x): stable colours after a short training."""
+    """Make Stable Diffusion's noise schedule. Velocity prediction (as SD 2.x): stable colours after short training."""
     return DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -65,9 +65,9 @@ class DenoiserTask(Task):
 
     Args:
         unet: where training starts; trained in place.
-        text_encoder: likewise.
-        empty_ids: int64 ``[77]``, the empty prompt.
-        name: of the stage.
+        text_encoder: text encoder, trained in place likewise.
+        empty_ids: int64 ``[77]``, token ids of the empty prompt.
+        name: name of the stage.
     """
 
     def __init__(

@@ -38,9 +38,9 @@ class HeldOut:
     """What one condition is judged on.
 
     Attributes:
-        pixels: uint8 ``[N,3,64,64]``.
-        maps: ``[N,3,64,64]`` in [0,1].
-        prompts: one for each.
+        pixels: pictures, uint8 ``[N,3,64,64]``.
+        maps: control maps ``[N,3,64,64]`` in [0,1].
+        prompts: one prompt for each picture.
     """
 
     pixels: Tensor
@@ -49,7 +49,7 @@ class HeldOut:
 
 
 def held_out(condition: Condition, work: Path) -> HeldOut:
-    """Icons, or scenes for depth; the first `MAPS` of a fixed order whose maps are not nearly blank."""
+    """Return icons, or scenes for depth; the first `MAPS` of a fixed order whose maps are not nearly blank."""
     if condition.name == "depth":
         scenes = render_many(range(HELD_OUT, HELD_OUT + MAPS))
         maps = torch.from_numpy(scenes.depth).float()[:, None].expand(-1, 3, -1, -1) / 255

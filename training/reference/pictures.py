@@ -35,10 +35,10 @@ class DiffusionSet:
     """Training pictures in the form that the UNet sees. N pictures, augmented ones included.
 
     Attributes:
-        images: uint8 ``[N,3,H,W]``, RGB.
-        latents: float32 ``[N,4,h,w]``, scaled to unit variance.
-        tokens: int32 ``[N,CAPTIONS,77]``.
-        empty_tokens: int32 ``[77]``, the empty prompt.
+        images: pictures, uint8 ``[N,3,H,W]``, RGB.
+        latents: latents, float32 ``[N,4,h,w]``, scaled to unit variance.
+        tokens: token ids, int32 ``[N,CAPTIONS,77]``.
+        empty_tokens: token ids of the empty prompt, int32 ``[77]``.
     """
 
     images: torch.Tensor

@@ -59,7 +59,7 @@ def _wrapped(prompt: str) -> str:
 
 
 def loss_curves(work: Path, output: Path) -> None:
-    """One panel for each stage that has a log in ``work``."""
+    """Plot one panel for each stage that has a log in ``work``."""
     import matplotlib.pyplot as plt
 
     files = {path.parent.name: path for path in sorted(work.glob("*/log.jsonl"))}
@@ -131,7 +131,7 @@ def _leak_table(name: str, rows: list[dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Command line of ``python -m training.reference.report``."""
+    """Run the command line of ``python -m training.reference.report``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="the training's folder: data and loss curves")
     parser.add_argument("--model", type=Path, required=True, help="the model; metrics.json is written beside it")

@@ -73,7 +73,7 @@ def stages(recipe: Path) -> dict[str, TrainerConfig]:
     """Return the stage settings of a recipe file, by the stage's name.
 
     Raises:
-        TypeError, ValueError: it is no recipe.
+        TypeError, ValueError: the file is no recipe.
     """
     tables = tomllib.loads(recipe.read_text(encoding="utf-8"))
     common = tables.pop("common", {})
@@ -91,9 +91,9 @@ class Stages:
         """Train a stage and return the folder of its result: averaged weights.
 
         Args:
-            name: of the stage.
+            name: name of the stage.
             task: makes the task; called after seeding.
-            draw: from the number of pictures of one process to how a batch is drawn.
+            draw: takes the number of pictures of one process to how a batch is drawn.
         """
         state, config = PartialState(), self.settings[name]
         config = replace(config, batch_size=config.batch_size // state.num_processes)
@@ -151,7 +151,7 @@ def train(work: Path, output: Path, recipe: Path, bpe_file: Path, hed_weights: P
 
 
 def new_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
-    """A ControlNet that starts as a copy of the UNet's encoder; its embedding strides twice, as the autoencoder."""
+    """Make a ControlNet that starts as a copy of the UNet's encoder; its embedding strides twice, as the VAE."""
     return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(24, 48, 96))
 
 

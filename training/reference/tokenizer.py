@@ -35,7 +35,7 @@ def find_bpe_file() -> Path:
 
 
 def clip_tokenizer(bpe_file: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer with its 49,408 tokens, 77 per prompt, padded with the end token as Stable Diffusion does."""
+    """Make CLIP's tokenizer: 49,408 tokens, 77 per prompt, padded with the end token as in Stable Diffusion."""
     lines = gzip.decompress(bpe_file.read_bytes()).decode("utf-8").split("\n")
     merges = lines[1 : MERGES + 1]
     symbols = _byte_symbols()
@@ -47,7 +47,7 @@ def clip_tokenizer(bpe_file: Path) -> CLIPTokenizer:
 
 
 def _byte_symbols() -> list[str]:
-    """The printable stand-in of each byte, in the order of the vocabulary: printable bytes first, as GPT-2's BPE."""
+    """Return each byte's printable stand-in, in the order of the vocabulary: printable bytes first, as GPT-2's BPE."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     shifted = [chr(256 + i) for i in range(256 - len(printable))]
     return [chr(b) for b in printable] + shifted

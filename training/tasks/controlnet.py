@@ -41,7 +41,7 @@ class ControlNetTask(Task):
         validation: draws pictures; None: no validation.
 
     Raises:
-        UsageError: alignment without a probe.
+        UsageError: alignment is on without a probe.
         CheckpointError: ControlNet or probe do not fit the base model or the condition.
     """
 
@@ -78,7 +78,7 @@ class ControlNetTask(Task):
         """Return ``loss`` of one batch, and those of its parts that are on: ``diffusion``, ``reward``, ``alignment``.
 
         Raises:
-            UnsupportedOptionError: alignment with gradient checkpointing in the UNet.
+            UnsupportedOptionError: alignment is on with gradient checkpointing in the UNet.
         """
         frozen, models, loss = self._frozen, self._frozen.models, self._loss
         frozen.to(self.device)

@@ -24,7 +24,7 @@ class RewardExtractor:
     """Reads the maps that the reward compares: in this form, those of the condition itself.
 
     Args:
-        condition: whose ``extract_batch`` passes gradients on.
+        condition: the condition; its ``extract_batch`` passes gradients on.
     """
 
     def __init__(self, condition: Condition) -> None:
@@ -41,8 +41,8 @@ class RewardExtractor:
         """Return what the maps should be, without a gradient.
 
         Args:
-            control: ``[B,3,H,W]`` in [0,1].
-            pixels: ``[B,3,H,W]`` in [0,1], the pictures that the control maps belong to, if they are there.
+            control: control maps ``[B,3,H,W]`` in [0,1].
+            pixels: pictures ``[B,3,H,W]`` in [0,1] that the control maps belong to, if they are there.
 
         Returns:
             ``[B,1,H,W]`` float32.
@@ -119,13 +119,13 @@ def reward_extractor(condition: Condition, legacy: bool = False) -> RewardExtrac
     """Return the reward's extractor for a condition.
 
     Args:
-        condition: canny: edge strength before thresholds, of pictures and of targets alike (ControlNet++); depth:
-            inverse depth over its maximum; others: the condition's own maps.
-        legacy: for hed: cast the maps to 8 bits as the published code does, to reproduce it. Nothing is learnt from
-            such a reward, and a warning says so.
+        condition: the condition; for canny the maps are edge strength before thresholds, of pictures and of targets
+            alike (ControlNet++); for depth inverse depth over its maximum; for others the condition's own maps.
+        legacy: for hed: whether to cast the maps to 8 bits as the published code does, to reproduce it. Nothing is
+            learnt from such a reward, and a warning says so.
 
     Raises:
-        UsageError: ``legacy`` for another condition.
+        UsageError: ``legacy`` was asked for another condition.
     """
     if legacy and not isinstance(condition, Hed):
         raise UsageError(f"The legacy reward exists for hed only, not for {condition.name}: leave legacy_hed out.")

@@ -34,9 +34,9 @@ class BaseModels:
 
     Attributes:
         unet: predicts noise or velocity, as ``scheduler.config.prediction_type`` says.
-        vae: pixels to latents and back.
-        text_encoder: token ids to prompt embeddings.
-        tokenizer: of the text encoder.
+        vae: takes pixels to latents and back.
+        text_encoder: takes token ids to prompt embeddings.
+        tokenizer: tokenizer of the text encoder.
         scheduler: the noise schedule of training.
     """
 
@@ -64,7 +64,7 @@ class BaseModels:
         """Refuse networks that do not belong to this base model, before anything is trained.
 
         Raises:
-            CheckpointError: listing everything that does not fit.
+            CheckpointError: a network does not fit; everything that does not is listed.
         """
         configs = self.configs | ({} if controlnet is None else {"controlnet": controlnet.config})
         check_fit(configs, condition, None if probe is None else probe.config)
@@ -107,8 +107,8 @@ class BaseModels:
         """Return scaled latents ``[B,4,h,w]`` float32 of ``pixels`` ``[B,3,H,W]`` in [0,1].
 
         Args:
-            pixels: on the networks' device.
-            generator: of the CPU, samples the posterior; None: its mean.
+            pixels: pictures on the networks' device.
+            generator: generator of the CPU that samples the posterior; None: its mean.
         """
         posterior = self.vae.encode((2 * pixels - 1).to(self.vae.dtype)).latent_dist
         latents: Tensor = posterior.mean.float()
@@ -168,14 +168,14 @@ class Noised:
     """A batch as the networks take it, on their device.
 
     Attributes:
-        latents: float32 ``[B,4,h,w]``, scaled.
-        noise: as latents.
-        noisy: latents with noise of each sample's timestep.
+        latents: scaled latents, float32 ``[B,4,h,w]``.
+        noise: noise of the same shape and type as the latents.
+        noisy: the latents with noise of each sample's timestep.
         timesteps: int64 ``[B]``, uniform in 0..T-1.
-        host_timesteps: the same on the CPU, so that nobody has to wait for the device to know them.
+        host_timesteps: the timesteps on the CPU, so that nobody has to wait for the device to know them.
         text: prompt embeddings ``[B,S,D]``.
         control: control maps float32 ``[B,3,H,W]`` in [0,1].
-        pixels: float32 ``[B,3,H,W]`` in [0,1], or None where the batch has none.
+        pixels: pictures, float32 ``[B,3,H,W]`` in [0,1], or None where the batch has none.
     """
 
     latents: Tensor
@@ -198,9 +198,9 @@ def noised(
 
     Args:
         batch: ``pixels`` or ``latents``, ``control`` unless there are pixels, ``input_ids``; on the CPU.
-        models: on the device where everything is to run.
+        models: base model on the device where everything is to run.
         condition: extracts the control maps.
-        generator: of the CPU.
+        generator: generator of the CPU.
         text_dropout: probability that a sample's prompt is the empty one.
     """
     device, samples = models.unet.device, len(batch["input_ids"])
@@ -225,7 +225,7 @@ def noised(
 
 @torch.no_grad()
 def control_maps(batch: dict[str, Any], condition: Condition, device: torch.device) -> Tensor:
-    """The batch's own control maps, or those of its pixels, extracted in float32: ``[B,3,H,W]`` on ``device``."""
+    """Return the batch's own control maps, or extract those of its pixels in float32: ``[B,3,H,W]`` on ``device``."""
     if "control" in batch:
         return batch["control"].to(device)
     with torch.autocast(device.type, enabled=False):
@@ -254,7 +254,7 @@ def read(probe: InnerControlProbe, models: BaseModels, taps: list[Tensor], times
 
 
 def probe_target(probe: InnerControlProbe, control: Tensor, size: Iterable[int]) -> Tensor:
-    """What the probe should read of control maps ``[B,3,H,W]`` in [0,1]: ``[B,C,*size]`` in its ``control_range``.
+    """Return what the probe should read of control maps ``[B,3,H,W]`` in [0,1]: ``[B,C,*size]``, in ``control_range``.
 
     Averaged over areas rather than picked: a line of one pixel would be lost between the cells of a coarse reading.
     """
@@ -269,7 +269,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> BaseModels:
 
     Args:
         name: ``reference``, a folder of diffusers, or a Hub id.
-        dtype: of all networks.
+        dtype: element type of all networks.
 
     Raises:
         CheckpointError: a part is missing, damaged, of another layout, or of a kind that cannot be trained on.

@@ -78,8 +78,8 @@ class ReadingTask(Task):
     """Trains a network to read control maps, on pictures that are mirrored and slightly noisy.
 
     Args:
-        network: pictures ``[B,3,H,W]`` in [0,1] -> maps ``[B,1,H,W]``, or ``[B,H,W]``.
-        name: of the task.
+        network: takes pictures ``[B,3,H,W]`` in [0,1] to maps ``[B,1,H,W]``, or ``[B,H,W]``.
+        name: name of the task.
         error: what is minimised. Mean absolute error suits depth; with sparse edges a blank map would have the least.
     """
 

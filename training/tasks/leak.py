@@ -35,7 +35,7 @@ def leak_test(
     timesteps: Sequence[int] = TIMESTEPS,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """The probe's mean squared error, on the scale [0,1] of control maps, with the right and with a foreign control.
+    """Return the probe's mean squared error, on the maps' scale [0,1], with the right and with a foreign control.
 
     The prompt is empty, so that only latents and control differ.
 
@@ -43,11 +43,11 @@ def leak_test(
         probe: reads the UNet's taps.
         models: the base model, on the probe's device.
         controlnet: takes the control maps; None: only the plain UNet is read.
-        batches: as training takes them, each of at least two different pictures; the control maps are exchanged
-            within each.
+        batches: batches as training takes them, each of at least two different pictures; the control maps are
+            exchanged within each.
         condition: extracts the control maps that the batches lack.
         timesteps: noise levels to look at.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         A row for each timestep: ``timestep``; ``plain``, the error without ControlNet; and with a ControlNet

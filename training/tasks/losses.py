@@ -31,10 +31,11 @@ class LossConfig:
         reward_range: first and last timestep, both inclusive, at which the one-step estimate of the picture is judged.
         beta: weight of the alignment; 0 switches it off.
         alignment_range: first and last timestep, both inclusive, at which the probe is read.
-        legacy_hed: round the HED reward's map to 8 bits as the published code does: the reward then has no gradient.
+        legacy_hed: whether to round the HED reward's map to 8 bits as the published code does: the reward then has no
+            gradient.
 
     Raises:
-        UsageError: values out of range; all are listed.
+        UsageError: values are out of range; all are listed.
     """
 
     alpha: float = 0
@@ -73,8 +74,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of the values that a mask keeps.
 
     Args:
-        values: any shape; what is masked out may be NaN.
-        mask: bool, same shape.
+        values: values of any shape; what is masked out may be NaN.
+        mask: bool, of the same shape.
 
     Returns:
         A scalar, 0 if nothing is kept.
@@ -89,10 +90,10 @@ def predict_original(
     """Return the clean latents that a denoiser's output implies: the closed form of ``DDPMScheduler.step``.
 
     Args:
-        noisy: ``[B,4,h,w]``, the denoiser's input.
-        output: ``[B,4,h,w]``, its output.
-        timesteps: ``[B]``.
-        alphas_cumprod: ``[T]``, the scheduler's.
+        noisy: the denoiser's input ``[B,4,h,w]``.
+        output: the denoiser's output ``[B,4,h,w]``.
+        timesteps: timestep of each sample, ``[B]``.
+        alphas_cumprod: the scheduler's ``[T]``.
         prediction_type: ``epsilon``, ``v_prediction`` or ``sample``.
 
     Returns:
@@ -120,11 +121,11 @@ def diffusion_loss(
     """Return the mean squared error of a denoiser's output, over everything, in float32.
 
     Args:
-        output: ``[B,4,h,w]``.
-        noise: ``[B,4,h,w]``, what was mixed in.
-        latents: ``[B,4,h,w]``, the clean latents.
-        timesteps: ``[B]``.
-        scheduler: its ``prediction_type`` says what the output should be.
+        output: the denoiser's output ``[B,4,h,w]``.
+        noise: noise ``[B,4,h,w]`` that was mixed in.
+        latents: the clean latents ``[B,4,h,w]``.
+        timesteps: timestep of each sample, ``[B]``.
+        scheduler: scheduler whose ``prediction_type`` says what the output should be.
 
     Raises:
         UsageError: the prediction type is unknown.
@@ -156,13 +157,13 @@ def reward_loss(
     its work is saved.
 
     Args:
-        z0: ``[B,4,h,w]``, from `predict_original`.
-        target: ``[B,1,H,W]``, of `training.tasks.extractors.RewardExtractor.target`.
-        timesteps: ``[B]``.
+        z0: estimates ``[B,4,h,w]``, from `predict_original`.
+        target: target ``[B,1,H,W]``, from `training.tasks.extractors.RewardExtractor.target`.
+        timesteps: timestep of each sample, ``[B]``.
         limits: first and last timestep that count, both inclusive.
-        decode: latents ``[n,4,h,w]`` -> pixels ``[n,3,H,W]`` in [0,1].
-        extract: pixels ``[n,3,H,W]`` -> maps ``[n,1,H,W]``.
-        skip: ``[B]`` bool: samples that do not count at any timestep, such as those with a blank target.
+        decode: takes latents ``[n,4,h,w]`` to pixels ``[n,3,H,W]`` in [0,1].
+        extract: takes pixels ``[n,3,H,W]`` to maps ``[n,1,H,W]``.
+        skip: bool ``[B]``: samples that do not count at any timestep, such as those with a blank target.
 
     Returns:
         A scalar, mean over the samples that count; 0 without a gradient if there are none.
@@ -187,12 +188,12 @@ def alignment_loss(
     """Return how far the probe's reading of the features is from the control map.
 
     Args:
-        reading: ``[B,C,h,w]``, the probe's output.
-        control: ``[B,3,H,W]`` in [0,1].
-        timesteps: ``[B]``.
+        reading: the probe's output ``[B,C,h,w]``.
+        control: control maps ``[B,3,H,W]`` in [0,1].
+        timesteps: timestep of each sample, ``[B]``.
         limits: first and last timestep that count, both inclusive.
         control_range: the probe's values for 0 and 1.
-        normaliser: the probe's. Control maps that are blank to it do not count.
+        normaliser: the probe's normaliser. Control maps that are blank to it do not count.
 
     Returns:
         A scalar, mean over the samples that count; 0 if there are none.
@@ -207,8 +208,8 @@ def balanced_mse(reading: Tensor, target: Tensor, background: float) -> Tensor:
     """Return the mean squared error in which background and drawn pixels weigh the same, for probes of sparse maps.
 
     Args:
-        reading: ``[B,C,h,w]``.
-        target: ``[B,C,h,w]``.
+        reading: the probe's output ``[B,C,h,w]``.
+        target: what it should be, ``[B,C,h,w]``.
         background: value of the target's empty pixels: the lower end of the probe's ``control_range``.
 
     Returns:

@@ -40,8 +40,8 @@ def new_probe(
     P / 12, as in the official network.
 
     Args:
-        unet: whose taps it will read.
-        tap_kind: which of them.
+        unet: UNet whose taps it will read.
+        tap_kind: kind of the taps that it reads.
         condition: name of what it will read there, which says how readings and control maps are compared.
         **sizes: any field of ``ProbeConfig``, in place of the above.
 
@@ -74,8 +74,9 @@ class ProbeTask(Task):
         models: the base model, shared and never changed.
         condition: what the control maps show; extracts those that the data lack.
         controlnet: runs before the UNet in a part of the batches; None: the plain UNet always.
-        control_share: that part.
-        balanced: weigh background and the rest alike (Readout Guidance, for sparse edges), instead of plain MSE.
+        control_share: share of the batches in which the ControlNet runs.
+        balanced: whether to weigh background and the rest alike (Readout Guidance, for sparse edges), instead of plain
+            MSE.
         text_dropout: probability that a sample's prompt is the empty one.
 
     Raises:
@@ -109,7 +110,7 @@ class ProbeTask(Task):
         self._text_dropout = text_dropout
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """``loss``, and the mean squared error of the samples of each timestep bin, as ``t000-099``, in the batch."""
+        """Return ``loss``, and the mean squared error of the batch's samples in each timestep bin, as ``t000-099``."""
         frozen, models, probe = self._frozen, self._frozen.models, self.probe
         frozen.to(self.device)
         attached = float(torch.rand((), generator=generator)) < self._control_share
@@ -142,7 +143,7 @@ class ProbeTask(Task):
 
 
 def _by_bin(errors: Tensor, timesteps: Tensor, steps: int) -> dict[str, Tensor]:
-    """Mean of ``errors`` ``[B]`` for each tenth of the schedule that ``timesteps`` ``[B]``, on the CPU, fall into."""
+    """Average ``errors`` ``[B]`` for each tenth of the schedule that ``timesteps`` ``[B]``, on the CPU, fall into."""
     bins = timesteps * BINS // steps
     present = bins.unique()
     # One product with weights made on the CPU: picking samples out on a GPU would wait for it, once a bin.

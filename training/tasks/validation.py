@@ -32,10 +32,10 @@ class ValidationConfig:
 
     Attributes:
         data: where prompts and control maps come from, as the training data's ``source``; None: the training data.
-        count: how many of them, the first ones.
-        steps: sampling steps (UniPC).
+        count: how many pictures are drawn, for the first prompts.
+        steps: number of sampling steps (UniPC).
         guidance: classifier-free guidance scale.
-        seed: of the first picture; each further one has the next.
+        seed: seed of the first picture; each further one has the next.
 
     Raises:
         UsageError: a value is out of range; all faults are listed.
@@ -62,7 +62,7 @@ def first_pictures(data: DataConfig, models: BaseModels, condition: Condition, c
     """Return the first ``count`` good pictures of a data set in one batch, with control maps and ``captions``.
 
     Raises:
-        UsageError: there is none, or the data set cannot be opened.
+        UsageError: there is no good picture, or the data set cannot be opened.
     """
     found = list(itertools.islice(records(data), count))
     batch: dict[str, Any] = {
