@@ -39,12 +39,12 @@ class Availability:
     """Whether a backend can be used here.
 
     Attributes:
-        usable: it can run on at least one device.
-        version: of the library behind it; None if that is not installed.
+        usable: whether it can run on at least one device.
+        version: version of the library behind it; None if that is not installed.
         reason: why it, or one of its devices, is not usable; empty if nothing is missing.
         fix: what to do about ``reason``; empty if nothing is missing.
         devices: usable device types, e.g. ``("cpu", "cuda")``.
-        cross_builds: it can build engines here for a device that this machine does not have.
+        cross_builds: whether it can build engines here for a device that this machine does not have.
     """
 
     usable: bool
@@ -64,7 +64,7 @@ class Engine(Protocol):
     """Something that runs one graph on one device.
 
     Attributes:
-        name: of the graph, for messages.
+        name: name of the graph, used in messages.
         backend: name of the backend, as the user writes it.
         device: where inputs must lie and outputs will lie.
         inputs: specs of all inputs; every call needs all of them.
@@ -82,7 +82,8 @@ class Engine(Protocol):
 
         Args:
             inputs: one tensor for every input spec, on ``device``, of exactly the spec's dtype. Any strides.
-            outputs: names wanted; None means all. Backends skip the work that only other outputs need, if they can.
+            outputs: names of the outputs wanted; None means all. Backends skip the work that only other outputs need,
+                if they can.
 
         Returns:
             The wanted outputs in the wanted order, on ``device``. The caller owns them: no later call changes them.
@@ -110,7 +111,7 @@ def require_device(backend: str, availability: Availability, device_type: str) -
     """Refuse a device that a backend cannot use.
 
     Raises:
-        BackendUnavailableError: with the reason and the fix of ``availability``.
+        BackendUnavailableError: if the backend cannot use the device; with the reason and the fix of ``availability``.
     """
     if device_type in availability.devices:
         return
@@ -128,8 +129,8 @@ def check_inputs(engine: Engine, inputs: Mapping[str, Tensor]) -> tuple[Tensor, 
         The tensors themselves, in the order of ``engine.inputs``.
 
     Raises:
-        ShapeError: listing every missing or unexpected name, wrong dtype, device, rank or size, and every symbol
-            that would have two sizes.
+        ShapeError: if the inputs do not fit; lists every missing or unexpected name, wrong dtype, device, rank or
+            size, and every symbol that would have two sizes.
     """
     known = {spec.name for spec in engine.inputs}
     problems = [f"missing: {spec}" for spec in engine.inputs if spec.name not in inputs]

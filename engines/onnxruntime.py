@@ -57,10 +57,10 @@ class OnnxRuntimeEngine:
     on the shapes of the inputs: it is learned at the first call with these shapes (which copies the output once).
 
     Args:
-        name: of the graph.
+        name: name of the graph.
         path: the ONNX file; its external data, if any, lies beside it.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<i>"``.
-        threads: CPU threads within an operator; None leaves the choice to ONNX Runtime.
+        threads: number of CPU threads within an operator; None leaves the choice to ONNX Runtime.
 
     Raises:
         BackendUnavailableError: if ONNX Runtime or the device cannot be used. There is no fallback to another device.

@@ -30,12 +30,12 @@ class TorchEngine:
     """Runs an ``nn.Module`` under ``torch.inference_mode``.
 
     Args:
-        name: of the graph.
-        module: called with the inputs by position, in the order of ``inputs``; returns a tuple of tensors in the order
-            of ``outputs``. Put into evaluation mode, and not copied.
+        name: name of the graph.
+        module: module called with the inputs by position, in the order of ``inputs``; returns a tuple of tensors in
+            the order of ``outputs``. Put into evaluation mode, and not copied.
         inputs: specs of the inputs.
         outputs: specs of the outputs.
-        device: where the module's parameters and buffers already are.
+        device: device where the module's parameters and buffers already are.
 
     Raises:
         EngineError: if a parameter or buffer is on another device.

@@ -52,7 +52,7 @@ class Condition(ABC):
         """Return the condition as it is used with a base model, which may have extractors of its own.
 
         Args:
-            model: as a user names it: ``reference``, a folder or a hub id.
+            model: base model as a user names it: ``reference``, a folder or a Hub id.
         """
         return self
 
@@ -73,7 +73,7 @@ class Condition(ABC):
         """Read the control map from a picture, on the CPU.
 
         Args:
-            image: any 8-bit mode (grey, palette, RGBA ...); transparent parts count as white.
+            image: picture of any 8-bit mode (grey, palette, RGBA ...); transparent parts count as white.
             **options: override this condition's options.
 
         Returns:
@@ -90,7 +90,7 @@ class Condition(ABC):
         """Read control maps from a batch, on its device. The class says whether gradients reach ``pixels``.
 
         Args:
-            pixels: ``[B,3,H,W]`` in [0,1], any float dtype.
+            pixels: pictures ``[B,3,H,W]`` in [0,1], any float dtype.
             **options: override this condition's options.
 
         Returns:
@@ -109,8 +109,8 @@ class Condition(ABC):
         anyone recomputes from the saved files.
 
         Args:
-            pictures: ``[B,3,H,W]`` in [0,1].
-            control_maps: ``[B,3,H,W]`` in [0,1].
+            pictures: finished pictures ``[B,3,H,W]`` in [0,1].
+            control_maps: their control maps ``[B,3,H,W]`` in [0,1].
             **options: override this condition's options.
 
         Returns:
@@ -134,7 +134,7 @@ class Condition(ABC):
         """Return control maps ``[B,1,H,W]`` of ``pixels`` ``[B,3,H,W]`` float32."""
 
     def _extract_8bit(self, pixels: Tensor) -> Tensor:
-        """As `_extract`, for pixels that are multiples of 1/255, without gradients."""
+        """Do as `_extract`, for pixels that are multiples of 1/255, without gradients."""
         return self._extract(pixels)
 
     @abstractmethod

@@ -32,8 +32,9 @@ class Canny(Condition):
 
     Attributes:
         low_threshold: weakest gradient that continues an edge, in 8-bit grey levels of its L1 norm, 0 to 1530.
-        high_threshold: weakest gradient that starts one. Equal thresholds switch hysteresis off.
-        soft: give the magnitude, divided by its largest possible value. `extract` and `score` give edges all the same.
+        high_threshold: weakest gradient that starts an edge. Equal thresholds switch hysteresis off.
+        soft: whether to give the magnitude, divided by its largest possible value. `extract` and `score` give edges
+            all the same.
         blur_sigma: for ``soft``: Gaussian blur before the gradient, in pixels; 0 is none.
         tolerance_px: for `score`: how far an edge may be off, in pixels. None is 1 px per 64 px of the shorter side.
     """
@@ -85,9 +86,9 @@ def canny_edges(pixels: Tensor, low_threshold: float, high_threshold: float) -> 
     """Return the edges that ``cv2.Canny`` finds in 8-bit pictures, pixel for pixel, in torch on any device.
 
     Args:
-        pixels: ``[B,3,H,W]``, multiples of 1/255 in [0,1].
-        low_threshold: as in `Canny`.
-        high_threshold: as in `Canny`.
+        pixels: pictures ``[B,3,H,W]``, multiples of 1/255 in [0,1].
+        low_threshold: weakest gradient that continues an edge, as in `Canny`.
+        high_threshold: weakest gradient that starts an edge, as in `Canny`.
 
     Returns:
         ``[B,1,H,W]`` float32, 0 or 1.
@@ -100,7 +101,7 @@ def thinned_magnitude(pixels: Tensor) -> Tensor:
     """Return the L1 norm of the Sobel gradient where it is a maximum across the edge, 0 elsewhere. Differentiable.
 
     Args:
-        pixels: ``[B,C,H,W]``; at each pixel the channel with the strongest gradient counts.
+        pixels: pictures ``[B,C,H,W]``; at each pixel the channel with the strongest gradient counts.
 
     Returns:
         ``[B,1,H,W]``, in [0, `MAX_MAGNITUDE`] times the largest pixel value.
@@ -115,7 +116,7 @@ def thinned_magnitude(pixels: Tensor) -> Tensor:
 
 
 def _sobel(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Horizontal and vertical 3 x 3 Sobel gradients with replicated borders, each in the shape of ``pixels``."""
+    """Return horizontal and vertical 3 x 3 Sobel gradients with replicated borders, both in ``pixels``' shape."""
     padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
     columns = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]

@@ -27,9 +27,9 @@ class Depth(Condition):
     """Depth, stretched to [0,1] per picture by its minimum and maximum. Differentiable.
 
     Attributes:
-        model: folder or hub id of a DPT or Depth Anything model. None is Intel/dpt-hybrid-midas if it is in the local
-            cache; naming an id permits the download. ``reference`` is the one of the embedded reference
-            model, which knows that model's scenes and nothing else.
+        model: folder or Hub id of a DPT or Depth Anything model. None is Intel/dpt-hybrid-midas if it is in the local
+            cache; naming an id permits the download. ``reference`` is the one of the embedded reference model, which
+            knows that model's scenes and nothing else.
     """
 
     name: ClassVar[str] = "depth"
@@ -57,8 +57,8 @@ def predict(pixels: Tensor, model: str | Path | None) -> tuple[Tensor, bool]:
     """Return what the depth network says, before anything is normalised. Differentiable.
 
     Args:
-        pixels: ``[B,3,H,W]`` float32 in [0,1].
-        model: as in `Depth`.
+        pixels: pictures ``[B,3,H,W]`` float32 in [0,1].
+        model: the depth network, as in `Depth`.
 
     Returns:
         ``[B,1,h,w]`` at the network's own size, and whether it is metric: distance, so that near is small. Other

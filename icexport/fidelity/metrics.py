@@ -27,7 +27,7 @@ def edge_f1(predicted: Tensor, target: Tensor, tolerance_px: int) -> Tensor:
 
     Args:
         predicted: edges found in the pictures, ``[B,1|3,H,W]``: bool, or float with edges above 0.5 in any channel.
-        target: edges asked for, same batch, height and width.
+        target: edges asked for, of the same batch, height and width.
         tolerance_px: largest distance that counts as the same place, in pixels, along either axis. 0 is exact.
 
     Returns:
@@ -51,8 +51,8 @@ def ssim(predicted: Tensor, target: Tensor) -> Tensor:
     """Return the structural similarity with an 11 x 11 Gaussian window (sigma 1.5 px), mean over channels and pixels.
 
     Args:
-        predicted: ``[B,C,H,W]`` in [0,1], H and W at least 11.
-        target: same shape and range.
+        predicted: maps ``[B,C,H,W]`` in [0,1], H and W at least 11.
+        target: maps of the same shape and range.
 
     Returns:
         ``[B]`` in [-1,1], higher is better, 1 for equal maps.
@@ -82,8 +82,8 @@ def depth_rmse(predicted: Tensor, target: Tensor) -> Tensor:
     Both sides are normalised alike, unlike the published protocol, which divides the prediction by its maximum only.
 
     Args:
-        predicted: ``[B,C,H,W]``, any scale and offset.
-        target: same shape.
+        predicted: maps ``[B,C,H,W]`` of any scale and offset.
+        target: maps of the same shape.
 
     Returns:
         ``[B]`` in [0,255] grey levels, lower is better.
@@ -100,8 +100,8 @@ def psnr(predicted: Tensor, target: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio.
 
     Args:
-        predicted: ``[B,C,H,W]`` in [0,1].
-        target: same shape and range.
+        predicted: maps ``[B,C,H,W]`` in [0,1].
+        target: maps of the same shape and range.
 
     Returns:
         ``[B]`` in dB, higher is better, ``inf`` for equal maps.
@@ -129,7 +129,7 @@ def gaussian_filter(maps: Tensor, sigma: float, radius: int) -> Tensor:
 
 
 def _edges(maps: Tensor) -> Tensor:
-    """Edge maps as ``[B,1,H,W]`` float 0 or 1."""
+    """Return edge maps as ``[B,1,H,W]`` float 0 or 1."""
     if maps.ndim != 4:
         raise UsageError(f"Edge maps have shape {tuple(maps.shape)}; expected [B,1,H,W] or [B,3,H,W].")
     is_edge = maps if maps.dtype == torch.bool else maps > 0.5

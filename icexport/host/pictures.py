@@ -27,7 +27,7 @@ def read_picture(path: Path, transparent: str = "white") -> Image.Image:
     """Return a picture file as RGB, turned upright as its EXIF data says.
 
     Args:
-        path: any format that Pillow reads; of several frames the first.
+        path: file in any format that Pillow reads; of several frames the first.
         transparent: colour of transparent parts.
 
     Raises:
@@ -85,7 +85,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a picture of any 8-bit mode to RGB, transparent parts on white.
 
     Raises:
-        ConditionError: if it has more than 8 bits a channel, which Pillow would clip without a word.
+        ConditionError: if the picture has more than 8 bits a channel, which Pillow would clip without a word.
     """
     if image.mode.startswith(("I", "F")):
         raise ConditionError(f"The picture has mode {image.mode!r} (more than 8 bits); save it with 8 bits a channel.")

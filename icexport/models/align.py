@@ -51,7 +51,7 @@ def from_official(state: Mapping[str, Tensor], config: ProbeConfig) -> InnerCont
         config: the config that fits it; ``unused_time_embed_dim`` stands for ``bottleneck_layers.{i}.0.`` names.
 
     Raises:
-        CheckpointError: missing, unexpected, misshapen or non-finite tensors; all are listed.
+        CheckpointError: tensors are missing, unexpected, misshapen or non-finite; all are listed.
     """
     with torch.device("meta"):
         expected = InnerControlProbe(config)
@@ -107,21 +107,21 @@ def read_align_model(
     timestep_convention: TimestepConvention,
     provenance: Mapping[str, str],
 ) -> tuple[InnerControlProbe, list[str]]:
-    """Check the payload of an align model, then builds the probe.
+    """Check the payload of an align model, then build the probe.
 
     Args:
         payload: what the file held.
         condition: name of the condition; the payload does not record it.
         taps: kind of taps; None: as the dims or ``model_id`` tell.
         control_range: reading values (lo, hi) for 0 and 1 of the control map; None: as recorded, else (-1, 1).
-        timestep_convention: to record; a network that never sees the embedding gets ``"none"``.
-        provenance: to record.
+        timestep_convention: convention to record; a network that never sees the embedding gets ``"none"``.
+        provenance: origin to record.
 
     Returns:
         The probe, and a sentence for every assumption made.
 
     Raises:
-        CheckpointError: another kind of model, or one that contradicts itself; all faults are listed.
+        CheckpointError: the model is of another kind, or contradicts itself; all faults are listed.
         UsageError: condition or kind of taps must be given, or the kind contradicts the dims.
     """
     config, state = _parts(payload)

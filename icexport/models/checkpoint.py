@@ -43,7 +43,7 @@ def download(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Fetch one file of a Hugging Face Hub repository, or finds it in the cache.
+    """Fetch one file of a Hugging Face Hub repository, or find it in the cache.
 
     Raises:
         CheckpointError: the repository or file does not exist or cannot be reached.
@@ -67,11 +67,11 @@ def download(
 
 
 def state_problems(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> list[str]:
-    """Lists every way in which a state dict does not fit: names, types, shapes, non-finite values.
+    """List every way in which a state dict does not fit: names, types, shapes, non-finite values.
 
     Args:
         expected: tensors with the right names and shapes, for example on the meta device.
-        found: what to judge. Values are looked at only where the shape is right.
+        found: tensors to judge. Values are looked at only where the shape is right.
 
     Returns:
         One line per fault, sorted; empty if ``found`` fits.

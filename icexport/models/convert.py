@@ -63,11 +63,11 @@ class ConvertReport:
 
     Attributes:
         kind: what the input was.
-        output: the folder written.
+        output: the folder that was written.
         source_sha256: hash of the weights file that was read.
         tensors: number of tensors of the network.
         values: number of values in them.
-        config: the config written.
+        config: the config that was written.
         warnings: assumptions made; they are logged, too.
     """
 
@@ -99,7 +99,8 @@ def convert(
         taps: kind of taps of an align model; needed if neither its dims nor its config tell.
         control_range: reading values (lo, hi) for 0 and 1 of the control map; None: as the align model records, else
             (-1, 1) with a warning.
-        timestep_convention: recorded with an align model; the official code uses it with ``"true"``.
+        timestep_convention: convention that is recorded with an align model; the official code uses it with
+            ``"true"``.
         force: replace an output that ``convert`` wrote before.
 
     Raises:
@@ -228,7 +229,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def _write(output: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a sibling folder, then puts it in the place of ``output``: no half output is ever seen."""
+    """Fill a sibling folder, then put it in the place of ``output``: no half output is ever seen."""
     try:
         with replacing(output) as folder:
             fill(folder)

@@ -22,7 +22,8 @@ class FusedProbe(nn.Module):
     """Runs an ``InnerControlProbe`` through ``torch.ops.icexport``.
 
     Args:
-        probe: whose parameters and config are used; they are shared. Only the time layers are copied, to run as one.
+        probe: probe whose parameters and config are used; they are shared. Only the time layers are copied, to run as
+            one.
     """
 
     time_weight: Tensor

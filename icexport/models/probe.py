@@ -36,15 +36,15 @@ class ProbeConfig:
     """What a probe reads, how it is built and what its reading means.
 
     Attributes:
-        dims: channels of each tap, coarse to fine.
-        projection_dim: channels P of the aggregated map; the bottlenecks work at P / 4.
-        num_groups: groups of every GroupNorm; divides P / 4.
-        head_dims: channels of the 3x3 convolutions of the head.
-        out_channels: channels of the reading.
+        dims: number of channels of each tap, coarse to fine.
+        projection_dim: number of channels P of the aggregated map; the bottlenecks work at P / 4.
+        num_groups: number of groups of every GroupNorm; divides P / 4.
+        head_dims: numbers of channels of the 3x3 convolutions of the head.
+        out_channels: number of channels of the reading.
         head_tanh: whether the head ends in Tanh, which bounds the reading to [-1, 1].
         time_embed_dim: width of the UNet's time embedding; None: the probe is not conditioned on the timestep.
-        unused_time_embed_dim: only for official files with ``bottleneck_sequential``: they hold time layers of this
-            width that their network never runs. Kept so that ``align.to_official`` gives back the whole file.
+        unused_time_embed_dim: width of time layers that official files with ``bottleneck_sequential`` hold and their
+            network never runs. Kept so that ``align.to_official`` gives back the whole file.
         tap_kind: which taps the probe reads.
         output_scale: size of the reading over the size of the finest tap.
         condition: name of the condition that the probe reads; None: not known.
@@ -141,7 +141,8 @@ class ProbeConfig:
         """Read the JSON form.
 
         Raises:
-            UsageError: no JSON object, unknown or missing fields, another ``_class_name``, or values that do not fit.
+            UsageError: the text is no JSON object, fields are unknown or missing, ``_class_name`` is another, or
+                values do not fit.
         """
         if not isinstance(values, dict):
             raise UsageError(f"Expected a JSON object, got {type(values).__name__}.")
@@ -243,11 +244,11 @@ class InnerControlProbe(nn.Module):
 
         Args:
             name_or_path: a folder, or the id of a Hugging Face Hub repository.
-            subfolder: folder inside of it.
+            subfolder: subfolder inside of it.
             token: Hub token; None: the stored one.
             revision: Hub branch, tag or commit.
             cache_dir: Hub cache.
-            local_files_only: do not go to the network.
+            local_files_only: whether not to go to the network.
 
         Raises:
             CheckpointError: files are missing, damaged or do not fit each other; all faults are listed.
@@ -279,12 +280,12 @@ class InnerControlProbe(nn.Module):
         """Return a probe from its tensors, in float32 on the CPU, whatever their floating-point type.
 
         Args:
-            config: what fits them.
-            state: as ``state_dict`` gives it.
+            config: config that fits them.
+            state: tensors as ``state_dict`` gives them.
             source: where they come from, for messages.
 
         Raises:
-            CheckpointError: missing, unexpected, misshapen or non-finite tensors; all are listed.
+            CheckpointError: tensors are missing, unexpected, misshapen or non-finite; all are listed.
         """
         # On the meta device: no time spent on initial values, and the global random state is not touched.
         with torch.device("meta"):

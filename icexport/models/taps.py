@@ -28,9 +28,9 @@ class Taps:
             skip add.
 
     Attributes:
-        kind: as given.
+        kind: kind of the taps, as given.
         names: path of each tapped module in the UNet.
-        dims: channels of each tap.
+        dims: number of channels of each tap.
         scales: how many times smaller than the latent each tap is, per side.
 
     Raises:
@@ -117,7 +117,7 @@ def _block_taps(block: nn.Module, kind: TapKind) -> Iterator[tuple[str, int]]:
 
 
 def _attention_hooks(taps: list[Tensor]) -> tuple[Callable[..., None], Callable[..., None]]:
-    """A pre-hook for a transformer, which gets [B, C, H, W], and a hook for its attention, which gives [B, HW, C]."""
+    """Make a pre-hook of a transformer, which gets [B, C, H, W], and a hook of its attention, giving [B, HW, C]."""
     size: list[int] = []
 
     def read_size(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -177,7 +177,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Compute squared maximum mean discrepancy with KID's cubic kernel, without bias: near 0, or below, for equal sets.
+    """Compute KID's squared maximum mean discrepancy, cubic kernel, without bias: near 0, or below, for equal sets.
 
     Args:
         a: features ``[N,D]``, N at least 2.

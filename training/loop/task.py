@@ -51,7 +51,7 @@ class Task(nn.Module):
         return {}
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the computation (loss weights, taps ...), JSON-able: a run resumes only with the same."""
+        """Return what decides the computation (loss weights, taps, models), JSON-able: a run keeps to it."""
         return {}
 
     @property
