@@ -147,7 +147,7 @@ def sd15_unet_config() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line of ``python -m benchmarks.export_size``."""
+    """Run the command line of ``python -m benchmarks.export_size``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graph", choices=GRAPHS, required=True)
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32")

@@ -55,7 +55,7 @@ def summary(merged: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, phases: Sequence[Phase] = PHASES) -> int:
-    """Command line of ``python -m benchmarks.gpu_suite``; returns the exit code."""
+    """Run the command line of ``python -m benchmarks.gpu_suite``; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for <phase>.json and <gpu>-<date>.json")
     parser.add_argument("--work", type=Path, help="folder for bundles and logs; default: OUTPUT with -work at its end")

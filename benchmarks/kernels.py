@@ -43,7 +43,7 @@ def run(bench: Bench) -> Iterator[Row]:
 
 
 def write_prediction(name: str, folder: Path) -> list[Path]:
-    """Write ``prediction-<name>.json`` and ``.md``; returns the files."""
+    """Write ``prediction-<name>.json`` and ``.md``; return the files."""
     found = prediction.predict(prediction.DEVICES[name])
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"prediction-{name}.{suffix}" for suffix in ("json", "md")]
@@ -59,7 +59,7 @@ def line(row: Row) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line of ``python -m benchmarks.kernels``; returns the exit code."""
+    """Run the command line of ``python -m benchmarks.kernels``; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--predict", choices=sorted(prediction.DEVICES), help="count instead of measuring")

@@ -47,7 +47,7 @@ def measure(name: str, dtype: str, opset: int, targets: tuple[int, ...]) -> dict
 
 
 def main() -> None:
-    """Command line of ``python -m benchmarks.plan_size``."""
+    """Run the command line of ``python -m benchmarks.plan_size``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graph", choices=GRAPHS, required=True)
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp16")

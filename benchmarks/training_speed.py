@@ -48,7 +48,7 @@ RATE = 1e-5
 
 
 def make_data(folder: Path) -> None:
-    """A folder of scenes and their edges as diffusers' example reads it."""
+    """Make a folder of scenes and their edges as diffusers' example reads it."""
     scenes = render_many(range(PICTURES))
     pixels = torch.from_numpy(scenes.images).permute(0, 3, 1, 2).float() / 255
     edges = conditions.get("canny").extract_batch(pixels)
@@ -144,7 +144,7 @@ def _endless(loader: Any) -> Iterator[Any]:
 
 
 def reward_seconds(models: BaseModels, batch: int, rounds: int) -> dict[str, float]:
-    """Seconds of the reward with its gradient for t <= 200: only the samples that count, and all of them."""
+    """Time the reward with its gradient for t <= 200: only the samples that count, and all of them."""
     condition = conditions.get("canny")
     extractor = reward_extractor(condition)
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +175,7 @@ def reward_seconds(models: BaseModels, batch: int, rounds: int) -> dict[str, flo
 
 
 def main() -> None:
-    """Command line of ``python -m benchmarks.training_speed``."""
+    """Run the command line of ``python -m benchmarks.training_speed``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--updates", type=int, default=20, help="of one round")

@@ -30,7 +30,7 @@ class CudaRecorder:
         """Call the function a few times, then record it.
 
         Args:
-            function: must neither wait for the GPU nor read anything back.
+            function: function to record; it must neither wait for the GPU nor read anything back.
             inputs: what it is called with. The CUDA graph reads them where they are.
 
         Returns:
@@ -95,7 +95,7 @@ class CapturedCall:
         """Run the function.
 
         Args:
-            inputs: all on one CUDA device. Any strides.
+            inputs: tensors, all on one CUDA device. Any strides.
 
         Returns:
             The function's outputs, valid until the next call.
@@ -123,5 +123,5 @@ class CapturedCall:
 
 @functools.cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """One stream for all captures: torch reuses the memory of a CUDA graph only on the stream of its capture."""
+    """Return one stream for all captures: torch reuses a CUDA graph's memory only on the stream of its capture."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

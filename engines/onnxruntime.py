@@ -60,7 +60,7 @@ class OnnxRuntimeEngine:
         name: of the graph.
         path: the ONNX file; its external data, if any, lies beside it.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<i>"``.
-        threads: CPU threads within an operator; None leaves the choice to ONNX Runtime.
+        threads: number of CPU threads within an operator; None leaves the choice to ONNX Runtime.
 
     Raises:
         BackendUnavailableError: if ONNX Runtime or the device cannot be used. There is no fallback to another device.

@@ -30,7 +30,7 @@ def probe(device: str | torch.device, dtype: torch.dtype, small: bool = False) -
 def inputs(
     device: str | torch.device, dtype: torch.dtype, latent: int = 64, batch: int = 1, small: bool = False
 ) -> tuple[list[Tensor], Tensor]:
-    """Taps of the conditional half of ``batch`` pictures with ``latent`` x ``latent`` cells, and a time embedding."""
+    """Make taps of ``batch`` pictures' conditional half with ``latent`` x ``latent`` cells, and a time embedding."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

@@ -41,7 +41,7 @@ def _output(*command: str) -> str:
 
 
 def sources_hash() -> str:
-    """Hash of all code and data that a result depends on; says what ``commit`` cannot if files were changed."""
+    """Hash all code and data that a result depends on; says what ``commit`` cannot if files were changed."""
     digest = hashlib.sha256()
     files = (path for package in _PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".json"))
     for path in sorted(files):

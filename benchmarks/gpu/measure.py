@@ -45,7 +45,7 @@ def kernel_calls(spec: KernelSpec, case: Case, bench: Bench) -> dict[str, Call]:
 
 
 def compiled_call(spec: KernelSpec, case: Case, bench: Bench) -> Call:
-    """The reference through torch.compile, for exactly the shapes of one case. It compiles when it is called."""
+    """Return the reference through torch.compile, for exactly the shapes of a case. It compiles when it is called."""
     torch.compiler.reset()  # or it would give up after a few shapes
     return partial(torch.compile(spec.reference, dynamic=False), *_arguments(spec, case, bench))
 

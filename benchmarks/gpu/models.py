@@ -49,7 +49,7 @@ def need(backend: str, device: str) -> None:
     """Go on only if a backend can run on a device.
 
     Raises:
-        NotAvailable: with the reason, and what to do.
+        NotAvailable: if it cannot; with the reason, and what to do.
     """
     state = table.get(backend).check()
     if device not in state.devices:
@@ -57,7 +57,7 @@ def need(backend: str, device: str) -> None:
 
 
 def bundle_of(backend: str, context: Context) -> Bundle:
-    """The reference model's float16 bundle for a backend; built at the first call, and found again in later phases."""
+    """Return the reference model's float16 bundle for a backend; built at the first call, found again later."""
     backends = [backend] if table.get(backend).needs_gpu else ["torch", "onnxruntime"]
     # A bundle's key does not know this code; results of changed code need a bundle that it built.
     folder, store = context.work / "-".join([*backends, sources_hash()]), context.work / "store"
@@ -65,7 +65,7 @@ def bundle_of(backend: str, context: Context) -> Bundle:
 
 
 def engines(report: Report, context: Context) -> None:
-    """Builds, parity of every graph on the device, and pictures in float16 beside those in float32."""
+    """Check builds, parity of every graph on the device, and pictures in float16 beside those in float32."""
     expected: list[tuple[Tensor, Tensor]] = []
     count = _PICTURES if context.cuda else _FEW_PICTURES
     with report.item("pictures, diffusers float32") as item, _exact():
@@ -150,7 +150,7 @@ def _draw(pipe: Any, pictures: int) -> tuple[Tensor, Tensor]:
 
 
 def latency(report: Report, context: Context) -> None:
-    """Whole calls beside eager diffusers, with and without CUDA graphs."""
+    """Time whole calls beside eager diffusers, with and without CUDA graphs."""
     counts: dict[str, Any] = {"steps": 20, "iterations": 5} if context.cuda else {"steps": 2, "iterations": 1}
     for backend in BACKENDS:
         for cuda_graph in (False, True) if backend in _CAPTURABLE else (False,):
@@ -164,7 +164,7 @@ def latency(report: Report, context: Context) -> None:
 
 
 def graphs(report: Report, context: Context) -> None:
-    """Replays of CUDA graphs: always the same bits, and the pictures of runs without graphs."""
+    """Check replays of CUDA graphs: always the same bits, and the pictures of runs without graphs."""
     for backend in _CAPTURABLE:
         with report.item(f"replays of a step, {backend}") as item:
             context.need_cuda()

@@ -30,7 +30,7 @@ _TESTS = ("tests/engines", "tests/icexport")
 
 
 def environment(report: Report, context: Context) -> None:
-    """GPU, driver, versions, commit, and which backends can be used."""
+    """Report GPU, driver, versions, commit, and which backends can be used."""
     with report.item("machine") as item:
         commit, dirty = checkout()
         item.values |= {
@@ -60,7 +60,7 @@ def environment(report: Report, context: Context) -> None:
 
 
 def correctness(report: Report, context: Context) -> None:
-    """Every case of every kernel, in every dtype that it takes, against the reference in float64."""
+    """Check every case of every kernel, in every dtype that it takes, against the reference in float64."""
     # A process for each operator: most of the time goes into compiling the kernels' variants.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(SPECS) if context.cuda else 1, mp_context=spawn) as pool:
@@ -75,14 +75,14 @@ def correctness(report: Report, context: Context) -> None:
 
 
 def check_kernel(name: str, device: str) -> list[dict[str, Any]]:
-    """Results of ``engines.kernels.check``; on a CPU a few small cases, for which it compares references."""
+    """Return results of ``engines.kernels.check``; on a CPU a few small cases, for which it compares references."""
     spec = SPECS[name]
     cases = spec.cases if device != "cpu" else spec.cases[:_DRY_CASES]
     return [asdict(check(spec, case, device, dtype)) for case in cases for dtype in spec.dtypes]
 
 
 def _worst(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Largest RMS error by dtype, as a multiple of what eager torch makes, where that is finite and not 0."""
+    """Return the largest RMS error by dtype, as a multiple of eager torch's, where that is finite and not 0."""
     found: dict[str, float] = {}
     for result in results:
         if 0 < result["eager_rms"] < float("inf"):
@@ -109,7 +109,7 @@ class _Collector:
 
 
 def gpu_tests(report: Report, context: Context) -> None:
-    """``pytest -m gpu`` over this repository."""
+    """Run ``pytest -m gpu`` over this repository."""
     with report.item("pytest -m gpu") as item:
         context.need_cuda()
         collector = _Collector()
@@ -122,7 +122,7 @@ def gpu_tests(report: Report, context: Context) -> None:
 
 
 def kernels(report: Report, context: Context) -> None:
-    """Times of the whole head, then of every kernel but for torch.compile: see ``benchmarks.kernels``."""
+    """Time the whole head, then every kernel but for torch.compile: see ``benchmarks.kernels``."""
     bench = Bench(context.device)
     with torch.no_grad():
         limits = ceilings(bench)
@@ -145,7 +145,7 @@ def kernels(report: Report, context: Context) -> None:
 
 
 def compiled_kernels(report: Report, context: Context) -> None:
-    """What torch.compile makes of the kernels' references; a phase of its own, for the compiler takes most of it."""
+    """Time torch.compile on the kernels' references; a phase of its own, for the compiler takes most of it."""
     bench = Bench(context.device)
     with torch.no_grad():
         limits = ceilings(bench)

@@ -35,10 +35,10 @@ class Device:
     Attributes:
         name: name of the GPU.
         bandwidth: bandwidth of the memory, bytes a second.
-        matrix_rate: dense float16 on tensor cores, FLOP a second.
-        vector_rate: float32 outside of them, FLOP a second.
-        graph_launch: seconds that each kernel of a CUDA graph costs beside its work.
-        eager_launch: seconds that each operator costs when Python launches it.
+        matrix_rate: rate of dense float16 on tensor cores, FLOP a second.
+        vector_rate: rate of float32 outside of them, FLOP a second.
+        graph_launch: time that each kernel of a CUDA graph costs beside its work, in seconds.
+        eager_launch: time that each operator costs when Python launches it, in seconds.
         source: where the figures come from.
     """
 
@@ -75,8 +75,8 @@ class Operation:
         name: name of the operator.
         case: shapes of the operands.
         bytes: least traffic: every input read once, every output written once.
-        matrix_flops: operations of convolutions and linear layers.
-        vector_flops: operations of everything else; counted for the own kernels only, whose specs know them.
+        matrix_flops: number of operations of convolutions and linear layers.
+        vector_flops: number of operations of everything else; counted for the own kernels only, whose specs know them.
     """
 
     name: str
@@ -209,7 +209,7 @@ def predict(device: Device) -> dict[str, Any]:
 
 
 def _distinct(ops: Sequence[Operation]) -> Iterator[tuple[Operation, int]]:
-    """Equal operations only once, with their number."""
+    """List equal operations only once, with their number."""
     for operation in dict.fromkeys(ops):
         yield operation, ops.count(operation)
 

@@ -67,7 +67,7 @@ class Report:
         write_json(path, self._content)
 
     def item(self, name: str) -> Item:
-        """A context manager for one thing that is tried; what its block raises is recorded, and the phase goes on."""
+        """Return a context manager for one thing to try; what its block raises is recorded, and the phase goes on."""
         return Item(name, self)
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ class Item:
 
     Attributes:
         values: what was found; filled in the ``with`` block, JSON types only.
-        goals: entries by name, as ``measure.at_least`` makes them. A goal that is missed is no failure.
+        goals: goals by name, as ``measure.at_least`` makes them. A goal that is missed is no failure.
     """
 
     def __init__(self, name: str, report: Report) -> None:

@@ -141,7 +141,7 @@ class _Steps:
 
 
 def step(report: Report, context: Context) -> None:
-    """UNet and ControlNet through diffusers and our torch engines, and the share of the probe head."""
+    """Time UNet and ControlNet through diffusers and our torch engines, and the share of the probe head."""
     steps = _Steps(report, context)
     bench, seconds = steps.bench, steps.seconds
     models = make_models(context)
@@ -166,7 +166,7 @@ def step(report: Report, context: Context) -> None:
 
 
 def compiled(report: Report, context: Context) -> None:
-    """The same step through diffusers with torch.compile, and with the weights channels last."""
+    """Time the same step through diffusers with torch.compile, and with the weights channels last."""
     steps = _Steps(report, context)
     models = make_models(context)
     models.unet.to(memory_format=torch.channels_last)
@@ -184,7 +184,7 @@ def compiled(report: Report, context: Context) -> None:
 
 
 def _head_share(report: Report, steps: _Steps) -> None:
-    """Time of the fused head with the check behind it, as a share of the fastest step so far."""
+    """Time the fused head with the check behind it, as a share of the fastest step so far."""
     with report.item("share of the probe head") as item:
         steps.context.need_cuda()
         bench = steps.bench
@@ -206,7 +206,7 @@ _PLANS = tuple(name for name, backend in table.BACKENDS.items() if backend.needs
 
 
 def exported(report: Report, context: Context) -> None:
-    """The same step through ONNX Runtime and TensorRT, where these can use the GPU."""
+    """Time the same step through ONNX Runtime and TensorRT, where these can use the GPU."""
     steps = _Steps(report, context)
     for backend in ("onnxruntime", *_PLANS):
         for graphed in (False, True) if backend in _PLANS else (False,):

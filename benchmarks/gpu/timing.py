@@ -31,7 +31,7 @@ class Row:
         case: sizes of what was measured.
         metric: ``time``, ``bandwidth``, ``rate``, or a share of a measured ceiling.
         unit: unit of p50, p20 and p80.
-        p50: median.
+        p50: median of the values.
         p20: value that a fifth of all is below; for times the better side, for rates the worse.
         p80: value that a fifth of all is above.
         n: number of values.
@@ -121,7 +121,7 @@ class Bench:
         return _spread(self._cuda_times(call, count, flush) if self.cuda else [_wall(call) for _ in range(count)])
 
     def graph(self, call: Callable[[], torch.Tensor], repeats: int = 1) -> Callable[[], object]:
-        """So many calls as one CUDA graph, which costs Python one launch; on a CPU the calls themselves."""
+        """Make so many calls one CUDA graph, which costs Python one launch; on a CPU the calls themselves."""
 
         def repeated() -> torch.Tensor:
             for _ in range(repeats - 1):
@@ -166,9 +166,9 @@ class Ceilings:
     """What this GPU reaches in the best of cases.
 
     Attributes:
-        copy: bytes a second, read and written, of a large copy.
-        matmul: FLOP a second of a large float16 matrix product on random values.
-        launch: seconds of a kernel that does nothing to speak of, in a CUDA graph of many.
+        copy: rate of a large copy, read and written, in bytes a second.
+        matmul: rate of a large float16 matrix product on random values, in FLOP a second.
+        launch: time of a kernel that does nothing to speak of, in a CUDA graph of many, in seconds.
     """
 
     copy: Spread

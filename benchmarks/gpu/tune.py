@@ -61,7 +61,7 @@ class Best:
 
 
 def neighbours(op: str, config: LaunchConfig, axis: str) -> Iterator[LaunchConfig]:
-    """The config with every other value of one axis: a block size, ``num_warps``, ``num_stages`` or ``split``."""
+    """Yield the config with each other value of one axis: a block size, ``num_warps``, ``num_stages`` or ``split``."""
     choices = {"num_warps": _WARPS, "num_stages": _STAGES.get(op, ()), "split": _SPLITS.get(op, ()), **_BLOCKS[op]}
     for value in choices[axis]:
         change: dict[str, Any] = {axis: value}
@@ -121,7 +121,7 @@ def rows(found: Sequence[Best]) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, op: str, capability: int, table: list[dict[str, Any]]) -> Path:
-    """Put the rows of one kind of GPU into an operator's file, one row a line; returns the file."""
+    """Put the rows of one kind of GPU into an operator's file, one row a line; return the file."""
     path = folder / f"{op}.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     content["tables"][str(capability)] = {"measured": True, "rows": table}
@@ -143,7 +143,7 @@ def tune(spec: KernelSpec, bench: Bench, progress: Callable[[str], None]) -> lis
     """Return the best config for every size of problem among the large cases.
 
     Raises:
-        EngineError: if none runs, or the fastest one computes something wrong.
+        EngineError: if no config runs, or the fastest one computes something wrong.
     """
     groups: dict[tuple[int, int], list[tuple[Case, torch.dtype]]] = {}
     starts: dict[tuple[int, int], LaunchConfig] = {}

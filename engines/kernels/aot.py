@@ -34,9 +34,9 @@ class Ptx:
 
     Attributes:
         name: name of the entry.
-        text: PTX; its entry has the kernel's arguments without the constexprs, in order.
+        text: PTX code; its entry has the kernel's arguments without the constexprs, in order.
         shared_memory: dynamic shared memory of a program in bytes, to be requested at the launch.
-        num_warps: warps of a program; a launch has 32 threads for each.
+        num_warps: number of warps of a program; a launch has 32 threads for each.
     """
 
     name: str
@@ -79,8 +79,8 @@ def compile_ptx(
         signature: argument -> Triton type, in order; see ``signature``.
         constexprs: value of every argument of type ``constexpr``.
         capability: compute capability of the GPU, 90 for 9.0; ``PORTABLE`` for PTX that later ones take as well.
-        num_warps: warps of a program.
-        num_stages: stages of Triton's software pipeline.
+        num_warps: number of warps of a program.
+        num_stages: number of stages of Triton's software pipeline.
         aligned: arguments that are always multiples of 16: pointers in bytes, scalars in value. Without them memory is
             read element by element.
 
@@ -117,10 +117,10 @@ def compile_ptx(
 
 
 def strip_parameters(text: str, count: int) -> str:
-    """PTX whose entry has only its first ``count`` parameters.
+    """Return PTX whose entry has only its first ``count`` parameters.
 
     Raises:
-        EngineError: if it has fewer, or a later one is used.
+        EngineError: if the entry has fewer, or a later one is used.
     """
     start, end, declared = _entry(text)
     declarations = declared.split(",")

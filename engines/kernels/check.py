@@ -62,9 +62,9 @@ def check(
     Args:
         spec: the operator.
         case: the inputs.
-        device: where to run.
+        device: device where to run.
         dtype: type of the inputs.
-        run: what to test; None means the operator itself.
+        run: function to test; None means the operator itself.
     """
     arguments = spec.arguments(case, dtype, torch.device(device))
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

@@ -22,13 +22,13 @@ import triton.language as tl
 
 @triton.jit
 def neighbour(in_size):
-    """Distance from a position that ``source_position`` returns to the next one: 1, or 0 if there is no other."""
+    """Return the distance from a position of ``source_position`` to the next one: 1, or 0 if there is no other."""
     return tl.minimum(in_size - 1, 1)
 
 
 @triton.jit
 def source_position(position, in_size, size):
-    """Where a bilinear resize from in_size to size reads for an output position.
+    """Find where a bilinear resize from in_size to size reads for an output position.
 
     Returns:
         Index of the lower of two neighbours, and the weight of the upper one: 1 behind the last one.
@@ -41,7 +41,7 @@ def source_position(position, in_size, size):
 
 @triton.jit
 def _corners(base_ptr, offset, mask, right, below):
-    """The elements at base_ptr + offset, on their right, below, and below on their right, in float32."""
+    """Load the elements at base_ptr + offset, on their right, below, and below on their right, in float32."""
     a = tl.load(base_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(base_ptr + (offset + right), mask=mask, other=0.0).to(tl.float32)
     c = tl.load(base_ptr + (offset + below), mask=mask, other=0.0).to(tl.float32)
@@ -51,7 +51,7 @@ def _corners(base_ptr, offset, mask, right, below):
 
 @triton.jit
 def sample(base_ptr, offset, mask, right, below, weight_x, weight_y):
-    """Bilinear interpolation in float32 between the elements at base_ptr + offset and their neighbours.
+    """Interpolate bilinearly in float32 between the elements at base_ptr + offset and their neighbours.
 
     Offsets, of the neighbours too, are 32-bit numbers: pointers would take twice the registers.
     """
@@ -64,7 +64,7 @@ def sample(base_ptr, offset, mask, right, below, weight_x, weight_y):
 
 @triton.jit
 def _fractions(cell, in_size, size):
-    """Count, mean and variance of the fractions at which outputs lie between source positions cell and cell + 1."""
+    """Return count, mean and variance of the fractions of outputs between source positions cell and cell + 1."""
     # Position o reads at ((2 o + 1) in_size - size) / (2 size): at or after ``cell`` from this o on.
     first = ((2 * cell + 1) * size + in_size - 1) // (2 * in_size)
     end = tl.where(cell + 1 < in_size, ((2 * cell + 3) * size + in_size - 1) // (2 * in_size), size)
@@ -82,7 +82,7 @@ def _fractions(cell, in_size, size):
 
 @triton.jit
 def _merge(count, mean, m2, more, more_mean, more_m2):
-    """Count, mean and sum of squared deviations of two sets together; a set may be empty."""
+    """Return count, mean and sum of squared deviations of two sets together; a set may be empty."""
     total = count + more
     weight = more / tl.maximum(total, 1.0)
     delta = more_mean - mean
@@ -91,7 +91,7 @@ def _merge(count, mean, m2, more, more_mean, more_m2):
 
 @triton.jit
 def _finish(count, mean, m2, EPS: tl.constexpr):
-    """Mean and 1 / standard deviation of all lanes together."""
+    """Compute mean and 1 / standard deviation of all lanes together."""
     total = tl.sum(count)
     # The sum of large equal means is inexact; a second look at what is left over makes the mean exact to rounding.
     guess = tl.sum(mean * count) / total
@@ -108,7 +108,7 @@ def map_statistics(
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Mean and 1 / standard deviation of the ``size`` elements from group_ptr on.
+    """Compute mean and 1 / standard deviation of the ``size`` elements from group_ptr on.
 
     Each thread takes eight neighbours at a time: their mean, then their squared deviations, then one merge.
     """
@@ -139,7 +139,7 @@ def resized_statistics(
     BLOCK_C: tl.constexpr,
     CELLS: tl.constexpr,
 ):
-    """Mean and 1 / standard deviation of CHANNELS maps from group_ptr on, as if resized to height x width."""
+    """Compute mean and 1 / standard deviation of CHANNELS maps from group_ptr on, as if resized to height x width."""
     in_pixels = in_height * in_width
     count = tl.zeros([BLOCK_C, CELLS], tl.float32)
     mean = tl.zeros([BLOCK_C, CELLS], tl.float32)

@@ -60,12 +60,12 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor], dtypes: tuple[torch.dt
     """Refuse tensors that are empty, not all on one device, or not all of one of the dtypes.
 
     Args:
-        op: name of the operator, for messages.
+        op: name of the operator, used in messages.
         tensors: tensor of each argument, by name; the first one sets dtype and device.
         dtypes: types that the operator takes.
 
     Raises:
-        ValueError: naming the tensor, what it is and what was expected.
+        ValueError: if a tensor is refused; names it, what it is and what was expected.
     """
     first, reference = next(iter(tensors.items()))
     if reference.dtype not in dtypes:
@@ -85,13 +85,13 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, .
     """Refuse a tensor of another shape.
 
     Args:
-        op: name of the operator, for messages.
+        op: name of the operator, used in messages.
         name: name of the argument.
         tensor: the argument.
         expected: one entry an axis: a size, or the name of a free one.
 
     Raises:
-        ValueError: naming the tensor, its shape and the expected one.
+        ValueError: if the shape is another; names the tensor, its shape and the expected one.
     """
     shape = tuple(tensor.shape)
     if len(shape) != len(expected) or any(
@@ -104,7 +104,7 @@ def check_channels(op: str, name: str, tensor: Tensor, first: int, count: int) -
     """Refuse a range of channels that the tensor does not have.
 
     Raises:
-        ValueError: naming the range and the number of channels.
+        ValueError: if the range is outside; says the range and the number of channels.
     """
     if first < 0 or first + count > tensor.shape[1]:
         raise ValueError(
@@ -139,7 +139,7 @@ def check_indexable(op: str, group_elements: int) -> None:
     """Refuse a group of channels that the kernels, which count its elements in 32 bits, cannot address.
 
     Raises:
-        ValueError: with the number of elements.
+        ValueError: if a group is too large; says the number of elements.
     """
     if group_elements > _LARGEST_GROUP:
         raise ValueError(

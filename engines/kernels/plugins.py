@@ -59,8 +59,8 @@ class Call:
     Attributes:
         shapes: shapes of the inputs, by name. A batch that is free in the engine is None; all else is known.
         attributes: attributes of the node, by name.
-        batch: samples, a number or TensorRT's expression of a free batch.
-        usual_batch: samples that the launch is chosen for.
+        batch: number of samples, a number or TensorRT's expression of a free batch.
+        usual_batch: number of samples that the launch is chosen for.
         dtype: type of every tensor.
         capability: compute capability that the launch is chosen for, 90 for 9.0.
     """
@@ -78,7 +78,7 @@ class Launch:
     """How to launch a kernel.
 
     Attributes:
-        grid: programs in x and y, numbers or expressions of a free batch.
+        grid: numbers of programs in x and y, numbers or expressions of a free batch.
         scalars: the kernel's int32 arguments, in its order.
         constants: the kernel's constexpr arguments, but for those in ``config``.
         config: block sizes, warps and stages.
@@ -151,7 +151,7 @@ def choose_launch(name: str, call: Call) -> Launch:
 
 
 def compile_kernel(name: str, call: Call, launch: Launch) -> Ptx:
-    """The kernel of an operator, compiled for one node: its attributes and the launch configuration are baked in.
+    """Compile the kernel of an operator for one node: its attributes and the launch configuration are baked in.
 
     Raises:
         EngineError: if the launch does not fit the kernel, or the kernel cannot be compiled.

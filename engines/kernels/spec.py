@@ -74,7 +74,7 @@ class KernelSpec:
     Attributes:
         name: name of the operator in the namespace ``icexport``.
         op: the operator.
-        reference: the same in plain torch, in any floating-point type.
+        reference: the operator in plain torch, in any floating-point type.
         run_kernel: what the operator does on a GPU; on CPU tensors it works only in Triton's interpreter.
         dtypes: types that the operator takes.
         cases: inputs to test, and the large ones to measure.

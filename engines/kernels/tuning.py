@@ -29,10 +29,10 @@ class LaunchConfig:
 
     Attributes:
         constants: block sizes, by the names of the kernel's constexpr arguments.
-        split: programs that share one group, for the kernels that normalise; else 1.
-        num_warps: warps of a program.
-        num_stages: stages of Triton's software pipeline.
-        measured: whether this was found to be the fastest on such a GPU.
+        split: number of programs that share one group, for the kernels that normalise; else 1.
+        num_warps: number of warps of a program.
+        num_stages: number of stages of Triton's software pipeline.
+        measured: whether the configuration was found to be the fastest on such a GPU.
     """
 
     constants: Mapping[str, int]
@@ -57,7 +57,7 @@ def compiler_options(num_warps: int, num_stages: int) -> dict[str, Any]:
 
 
 def capability(tensor: Tensor) -> int | None:
-    """Compute capability of the GPU that holds a tensor, 90 for 9.0; None on a CPU (Triton's interpreter)."""
+    """Return the compute capability of a tensor's GPU, 90 for 9.0; None on a CPU (Triton's interpreter)."""
     if tensor.device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(tensor.device)
@@ -73,7 +73,7 @@ def choose(op: str, capability: int | None, size: int, element_bytes: int) -> La
         capability: compute capability of the GPU, 90 for 9.0; one without a table of its own, and None, take the
             default table.
         size: size of the problem, as the ``size`` entry of the operator's file counts it.
-        element_bytes: bytes of an element of the inputs.
+        element_bytes: size of an element of the inputs, in bytes.
 
     Returns:
         The first row of the table whose limits admit the problem.

@@ -72,7 +72,8 @@ def load(flavour: str) -> Any:
         The module. Any: neither library ships type information.
 
     Raises:
-        BackendUnavailableError: if it, or a shared object of it, is missing, or it is too old; says what to install.
+        BackendUnavailableError: if the library, or a shared object of it, is missing, or it is too old; says what to
+            install.
     """
     module, _, reason, fix = _find(FLAVOURS[flavour])
     if module is None:

@@ -17,7 +17,7 @@ class Complaints:
     """Collects the errors that a library logs about one plan.
 
     Args:
-        graph: name of the plan's graph, for messages.
+        graph: name of the plan's graph, used in messages.
         plan: the plan's file.
         library: name of the library's Python module.
     """

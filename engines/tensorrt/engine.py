@@ -49,7 +49,7 @@ class TensorRtEngine:
     An engine must not be called from two threads at once.
 
     Args:
-        name: name of the graph, for messages.
+        name: name of the graph, used in messages.
         plan: file with the serialised engine.
         inputs: specs of the graph's inputs; the plan must have exactly these.
         outputs: specs of the graph's outputs, likewise.
@@ -144,7 +144,7 @@ class TensorRtEngine:
         self._runtime = None
 
     def _context_options(self, engine: Any, runtime_cache: Path | None) -> Any:
-        """What execution contexts are made with: working memory from outside; for TensorRT-RTX, also its compiler."""
+        """Make the options of execution contexts: memory from outside; for TensorRT-RTX, also its compiler."""
         module = self._module
         user_managed = module.ExecutionContextAllocationStrategy.USER_MANAGED
         if not hasattr(module, "IRuntimeCache"):
@@ -201,6 +201,6 @@ class TensorRtEngine:
 
 
 def _bindable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if TensorRT cannot read it in place: strided, or a view that starts at an odd address."""
+    """Return the tensor, or a copy if TensorRT cannot read it in place: strided, or a view at an odd address."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()

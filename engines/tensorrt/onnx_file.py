@@ -76,7 +76,7 @@ class OnnxFile:
         """Return the names of the nodes that call a plugin.
 
         Args:
-            plugin: ``namespace::name``.
+            plugin: plugin as ``namespace::name``.
         """
         namespace, _, name = plugin.partition("::")
         return {node.name for node in self.nodes if node.op_type == name and _plugin_namespace(node) == namespace}
@@ -105,7 +105,7 @@ class OnnxFile:
         return strays
 
     def weighted(self, dtype: str, found: dict[str, str]) -> tuple[int, int]:
-        """Number of weighted nodes that compute in ``dtype``, and in any float type; ``found`` as in `strays`."""
+        """Count weighted nodes that compute in ``dtype``, and in any float type; ``found`` as in `strays`."""
         types = self.types | found
         kinds = [types.get(node.output[0], "") for node in self.nodes if node.op_type in WEIGHTED]
         return kinds.count(dtype), sum(kind in FLOATS for kind in kinds)
@@ -182,6 +182,6 @@ def _module(node: onnx.NodeProto) -> str:
 
 
 def _plugin_namespace(node: onnx.NodeProto) -> str:
-    """The namespace in which TensorRT's parser looks for a plugin: an attribute, or else the domain of the node."""
+    """Find the namespace in which TensorRT's parser looks for a plugin: an attribute, or else the node's domain."""
     named = next((a.s.decode() for a in node.attribute if a.name == "plugin_namespace"), "")
     return named or node.domain

@@ -78,7 +78,7 @@ class PlanRequest:
             yield f"TensorRT-RTX takes no plugins ({', '.join(self.plugins)}), build without them"
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON knows it; `from_json` turns it back."""
+        """Return it as JSON knows it; `from_json` turns it back."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     @classmethod
@@ -124,7 +124,7 @@ class PlanReport:
     warnings: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON knows it; `from_json` turns it back."""
+        """Return it as JSON knows it; `from_json` turns it back."""
         return asdict(self)
 
     @classmethod

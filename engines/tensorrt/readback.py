@@ -150,7 +150,7 @@ def _outputs(network: Any) -> Iterator[Any]:
 
 
 def _inspected(tensor: dict[str, object]) -> str:
-    """Type of a tensor in the inspector's JSON: TensorRT 11 has a field for it, 10 only a text that holds it."""
+    """Find a tensor's type in the inspector's JSON: TensorRT 11 has a field for it, 10 only a text that holds it."""
     text = " ".join(
         str(value) for key, value in tensor.items() if "type" in key.lower() or "format" in key.lower()
     ).lower()

@@ -22,7 +22,7 @@ class Scratch:
     engines that are given the same object must run on one stream, or on streams that wait for each other.
 
     Args:
-        device: where the memory lies.
+        device: device where the memory lies.
     """
 
     def __init__(self, device: str | torch.device = "cuda") -> None:

@@ -93,7 +93,7 @@ def build(
 def _run(
     request: PlanRequest, progress: Callable[[str, float], None], log: IO[bytes], device: int
 ) -> tuple[int, dict[str, Any], bool]:
-    """Start the process and listen to it; returns its exit code, the last thing it said, and whether it got stuck."""
+    """Start the process and listen to it; return its exit code, the last thing it said, and whether it got stuck."""
     last: dict[str, Any] = {}
     with subprocess.Popen(
         [sys.executable, "-m", "engines.tensorrt.worker"],

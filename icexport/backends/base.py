@@ -52,14 +52,14 @@ class EngineRequest:
 
     Attributes:
         graph: name of the graph.
-        entry: its files, inputs and outputs.
-        folder: of the bundle that is being written; the files of ``entry`` are there.
+        entry: the graph's files, inputs and outputs.
+        folder: folder of the bundle that is being written; the files of ``entry`` are there.
         dtype: precision of the graph.
         profile: sizes of the bundle.
         multiple: pixels of one step of the symbols ``rows`` and ``columns``.
-        options: the user's.
+        options: the user's options.
         store: where engines are kept for other bundles.
-        hashes: of files that are known already.
+        hashes: hashes of files that are known already.
         progress: told how far it is.
         module: the graph with its PyTorch module in memory; only for a backend that is made ``from_module``.
     """
@@ -82,7 +82,7 @@ class Made:
     """An engine's identity while it is being made.
 
     Attributes:
-        key: its content address.
+        key: content address of the engine.
         parts: what the key is the digest of.
         onnx: the ONNX file to use.
         plugins: names of the plugins in that file.
@@ -98,17 +98,18 @@ class Backend(ABC):
     """One way to run a bundle's graphs.
 
     Attributes:
-        name: as ``--backend`` takes it.
+        name: name of the backend, as ``--backend`` takes it.
         summary: one line for ``--help`` and ``doctor``.
         dtypes: precisions that its engines can have; None: all.
-        needs_gpu: it runs on a GPU only.
-        from_module: its engines are made from the PyTorch module while that is in memory, and not from the ONNX file.
-        stores: it keeps its engines in the engine store, for other bundles.
-        copies_weights: its engines hold the weights once more.
-        prefers_fixed_batch: it is fastest with a fixed number of pictures, which is then the default.
-        takes_targets: it builds for GPUs that are named by their compute capability.
-        takes_plugins: the probe's Triton kernels can be part of its engines.
-        capturable: no call of its engines waits for the GPU, so that a CUDA graph can record them.
+        needs_gpu: whether it runs on a GPU only.
+        from_module: whether its engines are made from the PyTorch module while that is in memory, and not from the
+            ONNX file.
+        stores: whether it keeps its engines in the engine store, for other bundles.
+        copies_weights: whether its engines hold the weights once more.
+        prefers_fixed_batch: whether it is fastest with a fixed number of pictures, which is then the default.
+        takes_targets: whether it builds for GPUs that are named by their compute capability.
+        takes_plugins: whether the probe's Triton kernels can be part of its engines.
+        capturable: whether no call of its engines waits for the GPU, so that a CUDA graph can record them.
     """
 
     name: ClassVar[str]
@@ -131,7 +132,7 @@ class Backend(ABC):
         """Refuse, before the long work, what it could not build.
 
         Args:
-            options: the user's.
+            options: the user's options.
             dtype: name of the precision.
 
         Raises:
@@ -167,10 +168,10 @@ class Backend(ABC):
 
         Args:
             request: what to make it from.
-            made: its key, and the ONNX file to use.
+            made: the engine's key, and the ONNX file to use.
 
         Raises:
-            EngineError: it could not be built; the builder's own words are in the message.
+            EngineError: the engine could not be built; the builder's own words are in the message.
             BundleError: the engine store cannot be written.
         """
 
@@ -179,7 +180,7 @@ class Backend(ABC):
         return ""
 
     def scratch(self, device: str | torch.device) -> Scratch | None:
-        """Memory that the engines of one pipeline, which never run at the same time, share; None: they share none."""
+        """Return memory that a pipeline's engines, which never run at the same time, share; None: they share none."""
         return None
 
     @abstractmethod
@@ -190,10 +191,10 @@ class Backend(ABC):
 
         Args:
             bundle: the bundle.
-            key: of the engine.
-            entry: the manifest's entry of it.
+            key: key of the engine.
+            entry: the manifest's entry of the engine.
             device: ``cpu``, ``cuda`` or ``cuda:<i>``.
-            scratch: from ``scratch``.
+            scratch: memory from ``scratch``.
 
         Raises:
             BackendUnavailableError: the library or the device cannot be used.
@@ -240,18 +241,18 @@ def key_parts(
     kernels: str = "",
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that could change what an engine computes; its digest is the engine's key, its content address.
+    """Return all that could change what an engine computes; its digest is the engine's key, its content address.
 
     Args:
         graph_hash: SHA-256 of the ``.onnx`` file.
         weights_hash: SHA-256 of its ``.data`` file; two ControlNets of one architecture differ only here.
         profile: sizes that the engine is built for.
-        dtype: of the graph.
-        backend: and ``version``: what builds and runs it.
-        version: see ``backend``.
+        dtype: precision of the graph.
+        backend: name of the backend, which builds and runs the engine.
+        version: version of the backend.
         device: ``any``, or the compute capabilities or the GPU that the engine is built for.
         kernels: hash of the custom kernels inside, empty for none.
-        options: of the builder.
+        options: options of the builder.
     """
     return {
         "graph": graph_hash,

@@ -29,7 +29,7 @@ def load_engine(
         graph: name of the graph.
         backend: a backend's name or ``auto``, which takes the bundle's best one that can run here.
         device: ``cpu``, ``cuda`` or ``cuda:<i>``; None: see ``default_device``.
-        scratch: memory to share with engines that never run at the same time; None: some of its own.
+        scratch: memory to share with engines that never run at the same time; None: the engine gets some of its own.
 
     Raises:
         BackendUnavailableError: the backend cannot run on the device.

@@ -28,7 +28,7 @@ class OnnxRuntime(Backend):
         return found("engines.onnxruntime", lambda module: module.check())
 
     def make(self, request: EngineRequest, made: Made) -> EngineEntry:
-        """Nothing to make; see ``Backend.make``."""
+        """Make nothing; see ``Backend.make``."""
         return EngineEntry(request.graph, self.name, made.parts["version"], made_from=made.parts)
 
     def open(

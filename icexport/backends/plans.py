@@ -26,7 +26,7 @@ def build_plan(backend: str, request: EngineRequest, made: Made, targets: Sequen
     Args:
         backend: ``tensorrt`` or ``tensorrt-rtx``.
         request: what is built, and where it goes.
-        made: its key, and the ONNX file to use.
+        made: the engine's key, and the ONNX file to use.
         targets: compute capabilities, times ten, to build for; none: this machine's GPU, or a portable plan.
 
     Raises:
@@ -75,7 +75,7 @@ def optimisation_profiles(
     and every listed size one of its own: static shapes are what kernels are tuned best for.
 
     Args:
-        inputs: of the graph.
+        inputs: inputs of the graph.
         profile: sizes of the bundle.
         multiple: pixels of one step of the symbols ``rows`` and ``columns``.
     """

@@ -15,10 +15,10 @@ from icexport.models.probe import CONFIG_NAME, InnerControlProbe
 
 
 def load_probe_kernels(bundle: Bundle, device: str | torch.device) -> Engine:
-    """The probe on Triton kernels, from the weights in the bundle; takes the place of any backend's probe engine.
+    """Load the probe on Triton kernels, from the bundle's weights; takes the place of any backend's probe engine.
 
     Args:
-        bundle: one with a probe.
+        bundle: a bundle with a probe.
         device: ``cuda`` or ``cuda:<i>``.
 
     Raises:

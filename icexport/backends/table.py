@@ -33,7 +33,7 @@ def get(name: str) -> Backend:
     """Return the backend called ``name``.
 
     Raises:
-        ValueError: there is none of this name; those that exist are listed.
+        ValueError: there is no backend of this name; those that exist are listed.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from: auto, {', '.join(BACKENDS)}.")
@@ -51,9 +51,9 @@ def resolve(name: str, device: str | torch.device = "cpu", among: Iterable[str] 
     ``auto`` takes the first usable one of ``among`` and logs which and why. A named backend is never replaced.
 
     Args:
-        name: of a backend, or ``auto``.
+        name: name of a backend, or ``auto``.
         device: ``cpu``, ``cuda`` or ``cuda:<i>``.
-        among: what ``auto`` may choose from; None: every backend.
+        among: backends that ``auto`` may choose from; None: every backend.
 
     Raises:
         ValueError: no backend has this name.

@@ -46,7 +46,7 @@ class TensorRt(Backend):
         return found("engines.tensorrt.api", lambda api: api.check(self.name))
 
     def check_options(self, options: PlanOptions, dtype: str) -> None:
-        """Levels and limits of TensorRT's builder, and what the probe's plugins need; see ``Backend``."""
+        """Check levels and limits of TensorRT's builder, and what the probe's plugins need; see ``Backend``."""
         super().check_options(options, dtype)
         if options.optimization_level not in _LEVELS:
             raise UsageError(f"--optimization-level {options.optimization_level}: choose 0 to {_LEVELS[-1]}.")
@@ -69,11 +69,11 @@ class TensorRt(Backend):
         return {"optimization_level": options.optimization_level, "workspace_bytes": options.workspace_bytes}
 
     def make(self, request: EngineRequest, made: Made) -> EngineEntry:
-        """From the store, or by building it; see ``Backend.make``."""
+        """Take it from the store, or build it; see ``Backend.make``."""
         return build_plan(self.name, request, made, request.options.targets if self.takes_targets else ())
 
     def refusal(self, bundle: Bundle, key: str, entry: EngineEntry, device: str | torch.device) -> str:
-        """A plan belongs to one graph with its weights, one version of its library, and one kind of GPU."""
+        """Tell what a plan does not fit: its graph and weights, its version of the library, or its kinds of GPU."""
         parts, graph = entry.made_from, bundle.manifest.graphs[entry.graph]
         file = graph.plugin_file if parts.get("kernels") else graph.file
         weights = (bundle.manifest.files.get(file or ""), bundle.manifest.files.get(f"{file}.data", ""))
@@ -136,7 +136,7 @@ class TensorRtRtx(TensorRt):
     takes_targets = True
 
     def check_options(self, options: PlanOptions, dtype: str) -> None:
-        """Also the GPUs that are named; see ``TensorRt``."""
+        """Check the GPUs that are named, too; see ``TensorRt``."""
         from engines.tensorrt.api import RTX_TARGETS
 
         super().check_options(options, dtype)

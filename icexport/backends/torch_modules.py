@@ -24,8 +24,8 @@ def torch_module(graph: str, folder: Path, manifest: Manifest) -> nn.Module:
 
     Args:
         graph: name of the graph.
-        folder: where its weights are.
-        manifest: of the bundle.
+        folder: folder where its weights are.
+        manifest: manifest of the bundle.
 
     Raises:
         BundleError: no module is known for this graph.

@@ -45,16 +45,16 @@ class ProviderLatency:
     """What was measured of one provider.
 
     Attributes:
-        name: ``diffusers`` or a backend.
-        median: seconds for one call (all its pictures).
-        p95: 95th percentile of the same.
-        best: smallest of the same.
+        name: name of the provider, ``diffusers`` or a backend.
+        median: median time of one call (all its pictures), in seconds.
+        p95: 95th percentile of the time of one call.
+        best: smallest time of one call.
         seconds_per_step: median time of one denoising step, ControlNet and UNet; None where only one step is made.
-        load_seconds: from files to a pipeline that is ready.
+        load_seconds: time from files to a pipeline that is ready.
         memory_mb: growth of the process's (CPU) or the device's (CUDA) memory while loading and at the first call, in
             10^6 bytes.
         score: mean control score of the pictures.
-        psnr_db: of the pictures against the baseline's; None for the baseline itself or without one.
+        psnr_db: PSNR of the pictures against the baseline's; None for the baseline itself or without one.
     """
 
     name: str
@@ -115,7 +115,7 @@ class LatencyReport:
         return "\n".join([*lines, "", f"{what}. {machine}."]) + "\n"
 
     def plot(self, path: Path) -> None:
-        """A bar chart of the medians with their range.
+        """Draw a bar chart of the medians with their range.
 
         Raises:
             UsageError: matplotlib is missing.
@@ -138,7 +138,7 @@ class LatencyReport:
         figure.savefig(path, dpi=120)
 
     def save(self, output: Path) -> list[Path]:
-        """Write ``<output>.json``, ``.md`` and ``.png``; returns their paths."""
+        """Write ``<output>.json``, ``.md`` and ``.png``; return their paths."""
         output.parent.mkdir(parents=True, exist_ok=True)
         paths = [output.with_name(f"{output.name}.{suffix}") for suffix in ("json", "md", "png")]
         paths[0].write_text(self.to_json(), encoding="utf-8")
@@ -165,19 +165,19 @@ def run_latency(
 
     Args:
         bundle: a bundle or its folder.
-        backends: which; default: all that the bundle was built for.
-        steps: denoising steps.
-        warmup: rounds that do not count.
-        iterations: rounds that count.
-        batch: pictures per call.
-        seed: of the noise.
+        backends: backends to measure; default: all that the bundle was built for.
+        steps: number of denoising steps.
+        warmup: number of rounds that do not count.
+        iterations: number of rounds that count.
+        batch: number of pictures per call.
+        seed: seed of the noise.
         device: ``cpu``, ``cuda`` or ``cuda:<i>``; None: as in ``InnerControlPipeline.from_pretrained``.
         cuda_graph: launch each step of our pipelines as one CUDA graph.
         baseline: also run diffusers eager on the model that the bundle was made from.
         progress: called with a short text when a part begins.
 
     Raises:
-        UsageError: counts below 1, or a batch outside the profile.
+        UsageError: a count is below 1, or the batch is outside the profile.
         BundleError: the bundle cannot be used, or was not built for a backend.
         CheckpointError: the model that the bundle was made from is not there any more or was changed (baseline only).
     """
@@ -251,7 +251,7 @@ def run_latency(
 
 
 def _step_seconds(call: Callable[[Callable[..., dict[str, Tensor]]], object], device: str) -> float | None:
-    """Median time from the end of one step to the end of the next, in a call of its own: it waits for the device."""
+    """Measure the median time between the ends of two steps, in a call of its own: it waits for the device."""
     ends: list[float] = []
 
     def ended(_pipe: Any, _step: int, _time: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -272,7 +272,7 @@ def _test_map(batch: int, height: int, width: int) -> Tensor:
 
 
 def _memory(device: str) -> float:
-    """Bytes in use: on CUDA of the whole device, for ONNX Runtime does not use torch's allocator; else resident."""
+    """Count bytes in use: on CUDA the whole device's, for ONNX Runtime bypasses torch's allocator; else resident."""
     if device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(device)
         return float(total - free)

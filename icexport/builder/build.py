@@ -53,14 +53,14 @@ def build(
         probe: folder or Hub id; default: ``probe-<cond>`` in the base model's folder; ``none`` for no probe.
         backend: one or more of ``auto``, ``onnxruntime``, ``torch``, ``tensorrt``, ``tensorrt-rtx``.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
-        height: pixels, or ``min:opt:max``; default: the model's own size.
-        width: likewise.
-        batch_size: pictures per call, or ``min:opt:max``; default: 1 with TensorRT, else ``1:1:4``.
+        height: height in pixels, or ``min:opt:max``; default: the model's own size.
+        width: width in pixels, likewise.
+        batch_size: number of pictures per call, or ``min:opt:max``; default: 1 with TensorRT, else ``1:1:4``.
         shapes: sizes such as ``512x768`` (height x width), instead of ``height`` and ``width``; TensorRT gets a static
             profile for each.
         opset: ONNX opset; default: 21, and 22 for ``bf16``.
         target_sm: compute capabilities, times ten (89), that TensorRT-RTX builds for; default: a portable plan.
-        optimization_level: of TensorRT, 0 to 5.
+        optimization_level: optimisation level of TensorRT, 0 to 5.
         workspace_mb: most scratch memory of a TensorRT layer, in MiB; default: TensorRT's own limit.
         plugins: put the probe's Triton kernels into plans of classic TensorRT.
         engine_store: where built engines are kept for other bundles; default: see ``EngineStore``.
@@ -75,7 +75,7 @@ def build(
         The bundle; if an identical one was there and is intact, that one, untouched.
 
     Raises:
-        UsageError: an option that cannot be used.
+        UsageError: an option cannot be used.
         BackendUnavailableError: a named backend cannot build here.
         EngineError: TensorRT could not build a plan.
         CheckpointError: weights are missing, damaged or of another architecture.

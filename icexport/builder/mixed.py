@@ -74,7 +74,7 @@ class Island:
     nodes: int
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return it as the manifest holds it."""
         return asdict(self)
 
 
@@ -91,9 +91,9 @@ def stabilise(path: Path, reference: Graph, case_list: Sequence[Case], dtype: Pr
     Args:
         path: the ONNX file as it was exported, with its weights in ``<path>.data``. Both stay as they are, byte by
             byte, if nothing has to be moved.
-        reference: its module in float32.
+        reference: the graph's module in float32.
         case_list: inputs to judge by, in float32. Each costs two runs in ONNX Runtime and one of PyTorch.
-        dtype: float16, as a precision: of the file.
+        dtype: precision of the file: float16.
 
     Returns:
         The islands in the order of running. If parity still fails after ``ROUNDS`` modules, only those of the range
@@ -119,7 +119,7 @@ def measure(model: onnx.ModelProto, case_list: Sequence[Case], folder: Path) -> 
     Args:
         model: the graph without its weights, which lie in ``folder``.
         case_list: inputs in float32.
-        folder: where the weights are.
+        folder: folder where the weights are.
 
     Returns:
         By the value's name; without the values that a node merely passes on.
@@ -206,7 +206,7 @@ def _until_parity(
 
 
 def _nodes_to_move(model: onnx.ModelProto, layer: str, moved: Collection[int]) -> list[int]:
-    """Nodes of a module, or of the smallest one around it, short of the whole model, that has any left to move."""
+    """List nodes of a module, or of the smallest one around it short of the whole model that has any left to move."""
     found: list[int] = []
     while "." in layer and not found:
         found = [i for i, node in enumerate(model.graph.node) if layer in bisect.scopes(node) and i not in moved]

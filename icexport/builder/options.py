@@ -57,9 +57,9 @@ class BuildSpec:
         This much must be quick, since it comes before the look at the cache: no torch, and no weights.
 
         Raises:
-            UsageError: an option that cannot be used.
+            UsageError: an option cannot be used.
             BackendUnavailableError: a named backend cannot build here.
-            CheckpointError: a model that is not there.
+            CheckpointError: a model is not there.
         """
         dtype = precision(options.dtype)
         opset = dtype.opset if options.opset is None else options.opset

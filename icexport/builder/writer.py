@@ -47,8 +47,8 @@ def write_bundle(spec: BuildSpec, key: str, folder: Path, store: EngineStore, pr
 
     Args:
         spec: what to build.
-        key: of the bundle.
-        folder: an empty one.
+        key: key of the bundle.
+        folder: an empty folder.
         store: where engines are kept for other bundles.
         progress: told what is being done.
 
@@ -159,7 +159,7 @@ class _Writer:
         return replace(entry, dtypes=dtypes, islands=[island.to_json() for island in islands])
 
     def _copy_small_parts(self) -> None:
-        """Tokenizer, scheduler, feature extractor, and the probe for kernels outside of the engines, as they are."""
+        """Copy tokenizer, scheduler, feature extractor, and the probe for kernels outside of the engines."""
         source = self._spec.source
         if source.probe_folder is not None:
             (self._folder / PROBE_FOLDER).mkdir()

@@ -38,8 +38,8 @@ class Removed:
     """One engine that ``collect`` removed, or would remove.
 
     Attributes:
-        key: of the engine.
-        bytes: of its files. Bundles that hold hard links to them keep the space in use.
+        key: key of the engine.
+        bytes: size of its files. Bundles that hold hard links to them keep the space in use.
         reason: why nothing needs it.
     """
 
@@ -98,10 +98,10 @@ class EngineStore:
         Two builds of one key wait for each other, and the second one takes what the first one made.
 
         Args:
-            key: of the engine.
+            key: key of the engine.
             target: a folder that is not there yet.
             make: writes the engine's files into an empty folder.
-            hashes: of files that are known already; None: none are.
+            hashes: hashes of files that are known already; None: none are.
 
         Returns:
             Whether it was stored already.
@@ -137,7 +137,7 @@ class EngineStore:
         """Remove the engines to which no bundle refers, damaged ones, and the traces of bundles that are gone.
 
         Args:
-            dry_run: only tell.
+            dry_run: whether only to tell.
 
         Raises:
             BundleError: the store cannot be written.
@@ -240,7 +240,7 @@ class EngineStore:
 
     @contextmanager
     def _writing(self, key: str) -> Iterator[Path]:
-        """A temporary folder that becomes the entry of ``key``, in place of a damaged one; needs the lock."""
+        """Make a temporary folder that becomes the entry of ``key``, in place of a damaged one; needs the lock."""
         with self._writable():
             folder = self._engines / key
             temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=self._engines))
@@ -284,7 +284,7 @@ def _intact(folder: Path, hashes: Hashes) -> bool:
 
 
 def _link(source: Path, target: Path, hashes: Hashes) -> None:
-    """A second name for the same bytes, or a copy where the disk does not allow that."""
+    """Make a second name for the same bytes, or a copy where the disk does not allow that."""
     try:
         target.hardlink_to(source)
     except OSError:

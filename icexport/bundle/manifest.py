@@ -39,18 +39,18 @@ class Manifest:
     Attributes:
         key: hash of everything that the bundle was made from; equal keys mean equal bundles.
         condition: what the control maps show.
-        source: the model that it was made from.
+        source: the model that the bundle was made from.
         dtype: name of the precision.
         opset: ONNX opset of the graphs.
         profile: allowed pictures per call and sizes in pixels.
-        graphs: by name.
-        configs: diffusers' and the probe's configs, by component; of the scheduler, too.
-        engines: by engine key.
+        graphs: graphs by name.
+        configs: diffusers' and the probe's configs, by component; that of the scheduler, too.
+        engines: engines by key.
         files: SHA-256 of every file of the bundle but the manifest, by POSIX path.
-        tolerances: of the parity gate.
+        tolerances: tolerances of the parity gate.
         parity: results of the parity gate; empty where it was skipped.
-        versions: of icexport and of the libraries that made the bundle.
-        stamps: by which unchanged files are known without reading them.
+        versions: versions of icexport and of the libraries that made the bundle.
+        stamps: stamps by which unchanged files are known without reading them.
         fidelity: results of the fidelity gate; None where it has not run.
     """
 
@@ -86,7 +86,7 @@ class Manifest:
 
         Raises:
             BundleError: there is no bundle in ``folder``.
-            SchemaError: another schema version, a missing field, or a path that leaves the folder.
+            SchemaError: the manifest has another schema version, lacks a field, or has a path that leaves the folder.
             DamagedBundleError: the manifest is not JSON.
         """
         path = folder / MANIFEST_NAME
@@ -127,7 +127,7 @@ class Manifest:
         return manifest
 
     def rebuild_command(self, folder: Path, backends: Iterable[str]) -> str:
-        """The command that builds this bundle's engines again, for these backends, on the machine where it runs."""
+        """Return the command that rebuilds this bundle's engines, for these backends, on the machine where it runs."""
         return rebuild_command(asdict(self), folder, backends)
 
 
@@ -136,8 +136,8 @@ def engine_keys(folder: Path) -> set[str]:
 
     Raises:
         OSError: the manifest is not there, or cannot be read.
-        SchemaError: it is of a newer schema version, or no manifest.
-        DamagedBundleError: it is not JSON.
+        SchemaError: the manifest is of a newer schema version, or no manifest.
+        DamagedBundleError: the manifest is not JSON.
     """
     path = folder / MANIFEST_NAME
     data = _parsed(path)
@@ -184,9 +184,9 @@ def rebuild_command(data: Mapping[str, Any], folder: Path, backends: Iterable[st
     """Return the command that builds a bundle again.
 
     Args:
-        data: its manifest as JSON, of any schema version.
-        folder: where it lies.
-        backends: to build for.
+        data: the bundle's manifest as JSON, of any schema version.
+        folder: folder where the bundle lies.
+        backends: backends to build for.
     """
     source, profile = data["source"], Profile.from_json(data["profile"])
     sizes = [("--shape", f"{h}x{w}") for h, w in profile.shapes] or [
@@ -228,7 +228,7 @@ def check_paths(paths: Iterable[str], origin: Path) -> None:
     """Refuse paths that could reach outside the bundle.
 
     Raises:
-        SchemaError: naming the offending paths.
+        SchemaError: a path could; the offending paths are named.
     """
     bad = sorted(
         p

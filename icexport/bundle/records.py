@@ -15,12 +15,12 @@ class ConditionInfo:
     """What the control maps of a bundle show.
 
     Attributes:
-        name: of the condition.
-        value_range: of a control map.
+        name: name of the condition.
+        value_range: range of a control map's values.
         polarity: what is bright in it.
-        metric: of the score, with ``unit`` and ``higher_is_better``.
-        unit: see ``metric``.
-        higher_is_better: see ``metric``.
+        metric: metric of the score, with ``unit`` and ``higher_is_better``.
+        unit: unit of the score.
+        higher_is_better: whether a higher score is better.
     """
 
     name: str
@@ -38,8 +38,8 @@ class SourceInfo:
     Attributes:
         family: name of the model family.
         model: base model as given: ``reference``, a folder or a Hub id.
-        controlnet: likewise; None: beside the base model.
-        probe: likewise; ``none``: no probe.
+        controlnet: ControlNet as given, likewise; None: beside the base model.
+        probe: probe as given, likewise; ``none``: no probe.
         files: SHA-256 of every file of the model, by ``part/file``.
     """
 
@@ -56,8 +56,8 @@ class GraphEntry:
 
     Attributes:
         file: path in the bundle; the weights are in ``<file>.data`` where there are any.
-        inputs: of the graph.
-        outputs: likewise.
+        inputs: inputs of the graph.
+        outputs: outputs of the graph.
         dtypes: number of weights of each element type, read back from the written file.
         islands: what was moved to float32 in a graph of lower precision, with the evidence.
         plugin_file: path of the same graph with plugins as custom nodes; None where there is none.
@@ -80,10 +80,10 @@ class EngineEntry:
     Attributes:
         graph: name of the graph.
         backend: name of the backend.
-        version: of the backend when it was built.
+        version: version of the backend when the engine was built.
         files: paths in the bundle that only this engine needs; empty where the backend runs the ONNX file itself.
         device: what it was built for, e.g. ``sm_86+sm_89``; ``any`` if it does not matter.
-        made_from: what its key is the digest of; see ``key_parts``.
+        made_from: what the engine's key is the digest of; see ``key_parts``.
         report: what the builder told: seconds, memory, precision and plugins read back; empty if nothing was built.
     """
 
@@ -101,11 +101,11 @@ class ParityResult:
     """How one output of one graph on one backend compared with PyTorch in float32, in its worst case.
 
     Attributes:
-        passed: whether it is close enough.
-        cosine: cosine similarity.
+        passed: whether the output is close enough.
+        cosine: cosine similarity to the reference.
         relative_error: RMS of the difference over the RMS of the reference; None: not finite.
         allowed_error: the error that would just have passed; None: not finite.
-        worst_case: name of the inputs.
+        worst_case: name of the inputs with the worst result.
         finite: whether the output is there, of the right shape, and finite.
     """
 
@@ -147,8 +147,8 @@ class Stamps:
     Files that had just been changed have none.
 
     Attributes:
-        source: of the model's files, by ``part/file``.
-        files: of the bundle's files, by POSIX path.
+        source: stamps of the model's files, by ``part/file``.
+        files: stamps of the bundle's files, by POSIX path.
     """
 
     source: dict[str, Stamp]

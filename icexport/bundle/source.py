@@ -15,7 +15,7 @@ def recorded_source(bundle: Bundle, model: str | None = None) -> ModelSource:
         model: where the base model lies now, if it has moved.
 
     Raises:
-        CheckpointError: it is not there any more, or was changed.
+        CheckpointError: the model is not there any more, or was changed.
     """
     recorded = bundle.manifest.source
     source = ModelSource.find(

@@ -28,11 +28,11 @@ class Bundle:
     """A bundle folder and its manifest.
 
     Args:
-        path: the folder.
-        hashes: of files that are known already.
+        path: the bundle's folder.
+        hashes: hashes of files that are known already.
 
     Raises:
-        BundleError: see ``Manifest.read``. Files are hashed when they are used, not here.
+        BundleError: the bundle cannot be read, see ``Manifest.read``. Files are hashed when they are used, not here.
     """
 
     def __init__(self, path: str | Path, hashes: Hashes | None = None) -> None:
@@ -62,7 +62,7 @@ class Bundle:
         """Return what the bundle's control maps show: extracts them, and scores pictures.
 
         Args:
-            **options: of the condition.
+            **options: options of the condition.
 
         Raises:
             ConditionError: an option is unknown or out of range.
@@ -86,7 +86,7 @@ class Bundle:
 
         Args:
             graph: name of the graph.
-            plugins: the file with plugins as nodes instead; only for a graph that has one.
+            plugins: whether to take the file with plugins as nodes; only for a graph that has one.
         """
         entry = self.graph(graph)
         file = (entry.plugin_file if plugins else None) or entry.file
@@ -112,7 +112,7 @@ class Bundle:
         """Hash files and compare with the manifest; all of them if no names are given.
 
         Raises:
-            DamagedBundleError: listing every file that is missing, was changed, or has no hash.
+            DamagedBundleError: a file is missing, was changed, or has no hash; all such files are listed.
         """
         problems = []
         for name in sorted(self.manifest.files if names is None else names):
@@ -136,7 +136,7 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def writing(output: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output`` that becomes ``output`` if the block ends well.
+    """Make a temporary folder beside ``output`` that becomes ``output`` if the block ends well.
 
     Whatever goes wrong in the block, Ctrl-C and a full disk included, an existing bundle stays as it was.
 
@@ -188,7 +188,7 @@ def _swap(temporary: Path, output: Path) -> None:
 
 
 def _recover(output: Path) -> None:
-    """`_restore`, unless a build is alive: then the bundle is only missing between the two renames of its swap."""
+    """Call `_restore` unless a build is alive: then the bundle is only missing between the two renames of its swap."""
     if not output.exists() and _backup(output).is_dir():
         try:
             with FileLock(_lock(output), timeout=1):

@@ -53,7 +53,7 @@ class Command(TyperCommand):
         """Run the command.
 
         Raises:
-            typer.Exit: with the exit code, after any error.
+            typer.Exit: raised with the exit code, after any error.
         """
         before, after = ctx.find_root().params, {name: ctx.params.pop(name) for name in ("verbose", "quiet")}
         verbosity = before["verbose"] + after["verbose"]

@@ -34,17 +34,17 @@ def _stderr() -> Console:
 
 
 def say(text: str) -> None:
-    """One message to stderr."""
+    """Write one message to stderr."""
     _stderr().print(text)
 
 
 def emit(document: Any) -> None:
-    """The one JSON document of ``--json``, to stdout; NaN and infinite, which JSON lacks, become null."""
+    """Write the one JSON document of ``--json`` to stdout; NaN and infinite, which JSON lacks, become null."""
     typer.echo(json.dumps(finite(document), indent=2, allow_nan=False))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows in aligned columns, to stdout."""
+    """Write rows in aligned columns to stdout."""
     from rich.console import Console
     from rich.table import Table
 
@@ -58,7 +58,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def show(document: dict[str, Any]) -> None:
-    """A document for people: lists of objects as tables, everything else as a line."""
+    """Write a document for people: lists of objects as tables, everything else as a line."""
     tables = {k: v for k, v in document.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     for name, value in document.items():
         if name not in tables:
@@ -151,7 +151,7 @@ def configure(verbosity: int) -> None:
     """Set up logging, once for each command.
 
     Args:
-        verbosity: -1 for ``-q``, 0, 1 for ``-v`` or 2 for ``-vv``.
+        verbosity: level, -1 for ``-q``, 0, 1 for ``-v`` or 2 for ``-vv``.
     """
     ours = {-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG)
     others = {-1: logging.ERROR, 0: logging.ERROR, 1: logging.WARNING}.get(verbosity, logging.DEBUG)

@@ -177,7 +177,7 @@ def numbered(path: Path, count: int) -> list[Path]:
 
 
 def _size(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, int]:
-    """Both sizes in pixels, checked before a picture is scaled to them; that they fit the model is checked later."""
+    """Check both sizes in pixels before a picture is scaled to them; that they fit the model is checked later."""
     profile = bundle.manifest.profile
     wanted = {"height": height or profile.height.opt, "width": width or profile.width.opt}
     wrong = [

@@ -47,9 +47,9 @@ def describe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return everything known of ``path``, and the part of it that a person wants to see.
 
     Raises:
-        UsageError: it is nothing that icexport knows.
-        CheckpointError: a damaged model file.
-        BundleError: a bundle that is damaged or of a newer schema.
+        UsageError: ``path`` is nothing that icexport knows.
+        CheckpointError: a model file is damaged.
+        BundleError: a bundle is damaged or of a newer schema.
     """
     if path.is_dir():
         if (path / "icexport.json").is_file():
@@ -121,7 +121,7 @@ def _runs_here(bundle: Bundle, key: str) -> str:
 
 
 def _plan(path: Path) -> dict[str, Any]:
-    """A TensorRT plan, by what was written down beside it: the plan itself can be read on its own kind of GPU only."""
+    """Describe a TensorRT plan by what was written down beside it: it can be read on its own kind of GPU only."""
     from icexport.backends.plans import REPORT_NAME
 
     report = _json(path.parent / REPORT_NAME)

@@ -63,8 +63,8 @@ def of_model(name: str, model: str, **options: object) -> Condition:
 
     Args:
         name: one of `names`.
-        model: the base model as a user names it: ``reference``, a folder or a hub id.
-        **options: as `get`; they win.
+        model: the base model as a user names it: ``reference``, a folder or a Hub id.
+        **options: options as for `get`; they win.
 
     Raises:
         ConditionError: as `get`.

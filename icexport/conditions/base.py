@@ -52,7 +52,7 @@ class Condition(ABC):
         """Return the condition as it is used with a base model, which may have extractors of its own.
 
         Args:
-            model: as a user names it: ``reference``, a folder or a hub id.
+            model: base model as a user names it: ``reference``, a folder or a Hub id.
         """
         return self
 
@@ -134,7 +134,7 @@ class Condition(ABC):
         """Return control maps ``[B,1,H,W]`` of ``pixels`` ``[B,3,H,W]`` float32."""
 
     def _extract_8bit(self, pixels: Tensor) -> Tensor:
-        """As `_extract`, for pixels that are multiples of 1/255, without gradients."""
+        """Do as `_extract`, for pixels that are multiples of 1/255, without gradients."""
         return self._extract(pixels)
 
     @abstractmethod

@@ -100,7 +100,7 @@ def thinned_magnitude(pixels: Tensor) -> Tensor:
     """Return the L1 norm of the Sobel gradient where it is a maximum across the edge, 0 elsewhere. Differentiable.
 
     Args:
-        pixels: ``[B,C,H,W]``; at each pixel the channel with the strongest gradient counts.
+        pixels: pictures ``[B,C,H,W]``; at each pixel the channel with the strongest gradient counts.
 
     Returns:
         ``[B,1,H,W]``, in [0, `MAX_MAGNITUDE`] times the largest pixel value.
@@ -115,7 +115,7 @@ def thinned_magnitude(pixels: Tensor) -> Tensor:
 
 
 def _sobel(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Horizontal and vertical 3 x 3 Sobel gradients with replicated borders, each in the shape of ``pixels``."""
+    """Return horizontal and vertical 3 x 3 Sobel gradients with replicated borders, both in ``pixels``' shape."""
     padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
     columns = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]

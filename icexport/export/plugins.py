@@ -148,10 +148,11 @@ def export_plugin_graph(
     """Write the probe's graph with a node for every kernel; the arguments are those of ``export_graph``.
 
     Args:
-        graph: of ``probe_graph``, in the precision that the file shall have. Its inputs and outputs stay as they are.
-        path: ``….onnx``; its folder exists.
+        graph: graph of ``probe_graph``, in the precision that the file shall have. Its inputs and outputs stay as they
+            are.
+        path: path of the file, ``….onnx``; its folder exists.
         symbols: range of every symbol; height and width have to be fixed, because they are attributes of the nodes.
-        opset: 21 or later, for the plain nodes.
+        opset: ONNX opset, 21 or later, for the plain nodes.
 
     Returns:
         The plugins that the file needs, as ``namespace::name``: what a build has to register and to find again.

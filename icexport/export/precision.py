@@ -33,7 +33,7 @@ _ISLAND_ELEMENTS = 4096
 
 
 def read_precision(path: Path, expected: Precision) -> dict[str, int]:
-    """Number of weights of each element type in an ONNX file, after checking them against what was asked for.
+    """Count the weights of each element type in an ONNX file, after checking them against what was asked for.
 
     Raises:
         ExportError: the file holds weights of another float type that belong to no island, or normalises with

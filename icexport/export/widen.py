@@ -32,7 +32,7 @@ def widen(model: onnx.ModelProto, moved: Collection[int]) -> onnx.ModelProto:
 
     Args:
         model: the graph; all its values have known types.
-        moved: indices of nodes.
+        moved: indices of the nodes that run in float32.
     """
     halves = values_of(model)
     kept = {output.name for output in model.graph.output}
@@ -60,8 +60,8 @@ def widen_weights(model: onnx.ModelProto, folder: Path) -> None:
     """Replace casts of weights by weights: what nodes of both types use is there twice, what no node uses is gone.
 
     Args:
-        model: from ``widen``; changed in place.
-        folder: where its external weights are.
+        model: model from ``widen``; changed in place.
+        folder: folder where its external weights are.
     """
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -153,7 +153,7 @@ def _with_nodes(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> onnx
 
 
 def _describe_values(model: onnx.ModelProto, wide: Iterable[str]) -> None:
-    """Shapes and types of the new values, and none of those that are gone."""
+    """Set shapes and types of the new values, and drop those of values that are gone."""
     graph = model.graph
     known = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
     twins = []

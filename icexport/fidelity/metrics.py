@@ -129,7 +129,7 @@ def gaussian_filter(maps: Tensor, sigma: float, radius: int) -> Tensor:
 
 
 def _edges(maps: Tensor) -> Tensor:
-    """Edge maps as ``[B,1,H,W]`` float 0 or 1."""
+    """Return edge maps as ``[B,1,H,W]`` float 0 or 1."""
     if maps.ndim != 4:
         raise UsageError(f"Edge maps have shape {tuple(maps.shape)}; expected [B,1,H,W] or [B,3,H,W].")
     is_edge = maps if maps.dtype == torch.bool else maps > 0.5

@@ -20,10 +20,11 @@ class FidelityMonitor:
 
     Args:
         probe: the probe's engine.
-        config: the probe's: which taps it reads, and what its readings mean.
-        control_maps: ``[b,3,H,W]`` in [0,1], one for each picture.
+        config: the probe's config: which taps it reads, and what its readings mean.
+        control_maps: control maps ``[b,3,H,W]`` in [0,1], one for each picture.
         steps: 0-based UNet calls to read; None: every one.
-        kernels: sum up with ``torch.ops.icexport.fidelity_reduce``, which makes no map of the control map's size.
+        kernels: whether to sum up with ``torch.ops.icexport.fidelity_reduce``, which makes no map of the control map's
+            size.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class FidelityMonitor:
         self._last: Tensor | None = None
 
     def next_call(self) -> list[str]:
-        """Names of the UNet's outputs to read at its next call: the taps and the time embedding, or none."""
+        """Name the UNet's outputs to read at its next call: the taps and the time embedding, or none."""
         index, self._calls = self._calls, self._calls + 1
         return [*self._taps, *self._embedding] if self._steps is None or index in self._steps else []
 
@@ -59,7 +60,7 @@ class FidelityMonitor:
         Of the last samples, because with guidance the unconditional half comes first.
 
         Args:
-            timestep: scalar.
+            timestep: timestep of the call, a scalar.
             outputs: taps ``[B,C,h,w]``, B being as many as the control maps, or twice that; time embedding ``[1,E]``.
 
         Raises:
@@ -84,7 +85,7 @@ class FidelityMonitor:
         return self._difference(reading).square().mean((1, 2, 3))
 
     def _reduce(self, reading: Tensor) -> Tensor:
-        """``_mean``, by one kernel."""
+        """Compute ``_mean`` by one kernel."""
         sums: Tensor = torch.ops.icexport.fidelity_reduce(reading, self._control)
         return sums[:, 1] / self._control[0].numel()
 

@@ -18,7 +18,7 @@ def normalise(reading: Tensor, control_range: tuple[float, float], normaliser: N
     """Return a probe's output on the scale of `control_target`. Differentiable, and finite on blank maps.
 
     Args:
-        reading: ``[B,C,h,w]``, the probe's output.
+        reading: the probe's output ``[B,C,h,w]``.
         control_range: values that stand for 0 and 1.
         normaliser: ``identity``; ``max`` (depth): channel mean over the picture's maximum; ``minmax_inverted``
             (lineart): 1 minus the channel mean's min-max.
@@ -42,7 +42,7 @@ def control_target(control: Tensor, normaliser: Normaliser) -> tuple[Tensor, Ten
     """Return what a normalised reading should be for this control map, and whether there is anything to compare with.
 
     Args:
-        control: ``[B,3,H,W]`` in [0,1].
+        control: control maps ``[B,3,H,W]`` in [0,1].
         normaliser: ``identity``: the map as it is; ``max``: channel mean over the picture's maximum;
             ``minmax_inverted``: 1 minus the channel mean, dark lines on white as the line network draws them.
 

@@ -16,7 +16,7 @@ class StepReading:
 
     Attributes:
         index: 0-based number of the UNet call.
-        timestep: of the noise schedule, 999 (noise) to 0 (picture).
+        timestep: timestep of the noise schedule, 999 (noise) to 0 (picture).
         errors: for each picture, mean squared error of the reading against its control map, both in [0,1].
     """
 
@@ -31,9 +31,9 @@ class FidelityReport:
 
     Attributes:
         condition: name of the condition.
-        metric: of ``scores``, with ``unit`` and ``higher_is_better``.
-        unit: see ``metric``.
-        higher_is_better: see ``metric``.
+        metric: metric of ``scores``, with ``unit`` and ``higher_is_better``.
+        unit: unit of ``scores``.
+        higher_is_better: whether higher scores are better.
         scores: for each picture, the final score; None where no pictures were decoded (``output_type="latent"``).
         steps: the probe's readings while sampling; empty without a probe.
         heat_map: float32 ``[B,h,w]`` in [0,1], squared error of the last reading at the probe's resolution, or None.
@@ -50,7 +50,7 @@ class FidelityReport:
     calibrated: bool = False
 
     def __bool__(self) -> bool:
-        """The verdict. Without a calibration there is no threshold to miss: only a NaN or infinite value fails."""
+        """Give the verdict. Without calibration there is no threshold to miss: only a NaN or infinite value fails."""
         values = [*(self.scores or []), *(error for step in self.steps for error in step.errors)]
         return all(math.isfinite(value) for value in values)
 

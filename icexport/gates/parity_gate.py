@@ -56,13 +56,13 @@ def parity_gate(
 
     Args:
         bundle: the bundle.
-        source: the model that it was made from.
+        source: the model that the bundle was made from.
         backends: names of the backends to check.
         progress: told which graph is being checked.
         device: where the engines run; None: each backend's default.
 
     Raises:
-        ParityError: naming each failed output, the worst case, and the first layer that went wrong.
+        ParityError: an output failed; each one, the worst case and the first layer that went wrong are named.
     """
     manifest = bundle.manifest
     dtype, multiple = precision(manifest.dtype), size_multiple(manifest.configs["unet"], manifest.configs["vae"])
@@ -167,7 +167,7 @@ def _explain(
 
 
 def write_report(bundle: Bundle, results: Parity) -> None:
-    """``reports/parity.json``."""
+    """Write ``reports/parity.json``."""
     path = bundle.path / "reports" / "parity.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(parity_json(results), indent=2) + "\n", encoding="utf-8")

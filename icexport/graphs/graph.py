@@ -25,7 +25,7 @@ class Graph:
         name: file stem, as in ``graphs/<name>.onnx``.
         module: takes the tensors of ``inputs`` in order and returns those of ``outputs`` as a tuple, in order.
         inputs: names, dtypes and shapes; a string in a shape is a symbol, ``"4*rows"`` four times the symbol ``rows``.
-        outputs: likewise.
+        outputs: names, dtypes and shapes, likewise.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Graph:
         return Graph(self.name, module, specs(self.inputs), specs(self.outputs))
 
     def engine(self) -> TorchEngine:
-        """Eager PyTorch on the module itself, on the CPU."""
+        """Make an engine that runs the module itself in eager PyTorch, on the CPU."""
         return TorchEngine(self.name, self.module, self.inputs, self.outputs)
 
 

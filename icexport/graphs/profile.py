@@ -57,9 +57,9 @@ class Profile:
     """Sizes of a bundle.
 
     Attributes:
-        batch: pictures in one call; guidance doubles it inside.
-        height: pixels.
-        width: pixels.
+        batch: number of pictures in one call; guidance doubles it inside.
+        height: height in pixels.
+        width: width in pixels.
         shapes: (height, width) of every allowed picture, inside the two ranges; empty: all of the ranges is allowed.
     """
 
@@ -97,7 +97,7 @@ class Profile:
         """Refuse a size that is in the ranges, but not in the list of sizes.
 
         Raises:
-            UsageError: naming the sizes that are allowed.
+            UsageError: the size is not in the list; the sizes that are allowed are named.
         """
         if self.shapes and (height, width) not in self.shapes:
             known = ", ".join(f"{h}x{w}" for h, w in self.shapes)
@@ -138,7 +138,7 @@ class Profile:
         }
 
     def corners(self) -> Iterator[tuple[int, int, int]]:
-        """(pictures, height, width) of every listed size, or at the smallest, usual and largest, and a flat one."""
+        """Yield (pictures, height, width) of each listed size, or of the smallest, usual, largest and a flat one."""
         batch, height, width = self.batch, self.height, self.width
         if self.shapes:
             yield from dict.fromkeys((n, *shape) for shape in self.shapes for n in (batch.min, batch.max))

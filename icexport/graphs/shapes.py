@@ -15,7 +15,7 @@ class TensorInfo:
     """One input or output of a graph.
 
     Attributes:
-        name: in the graph.
+        name: name in the graph.
         dtype: element type, as torch names it.
         shape: a size, or a symbol with or without a factor, for each axis; see ``engines.TensorSpec``.
     """

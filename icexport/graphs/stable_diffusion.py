@@ -36,7 +36,7 @@ class TextEncoderGraph(nn.Module):
         self.text_encoder = text_encoder
 
     def forward(self, input_ids: Tensor, clip_skip: Tensor) -> tuple[Tensor]:
-        """Hidden states of the chosen layer after the final layer norm, as diffusers' ``encode_prompt`` takes them."""
+        """Return the chosen layer's states after the final layer norm, as diffusers' ``encode_prompt`` takes them."""
         core = getattr(self.text_encoder, "text_model", self.text_encoder)  # transformers 4 nests, 5 does not
         states: list[Tensor] = []
         with ExitStack() as hooks:
@@ -82,7 +82,7 @@ class UNetGraph(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, prompt_embeds: Tensor, *residuals: Tensor
     ) -> tuple[Tensor, ...]:
-        """The UNet's prediction, the activations that the probe reads, and the time embedding ``[1,E]`` for it."""
+        """Return the UNet's prediction, the activations that the probe reads, and the time embedding ``[1,E]``."""
         embeddings: list[Tensor] = []
         hook = self.unet.time_embedding.register_forward_hook(lambda _m, _a, output: embeddings.append(output))
         recording: AbstractContextManager[list[Tensor]] = self.taps.record() if self.taps else nullcontext([])
@@ -170,9 +170,9 @@ def controlnet_graph(controlnet: ControlNetModel, text_length: int, factor: int,
 
     Args:
         controlnet: the model.
-        text_length: tokens per prompt.
-        factor: pixels per latent cell and side (``vae_factor``).
-        dtype: of every float input and output except the timestep, which is always float32.
+        text_length: number of tokens per prompt.
+        factor: number of pixels per latent cell and side (``vae_factor``).
+        dtype: dtype of every float input and output except the timestep, which is always float32.
 
     Raises:
         UnsupportedOptionError: the ControlNet pools its residuals globally (the shuffle kind).

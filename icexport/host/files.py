@@ -24,9 +24,9 @@ class Stamp:
     """What a file system says of a file without reading it.
 
     Attributes:
-        size: in bytes.
+        size: size in bytes.
         mtime_ns: time of its last change, in nanoseconds.
-        inode: its number on the disk: a copy with the size and the time of another file is told from it.
+        inode: the file's number on the disk: a copy with the size and the time of another file is told from it.
     """
 
     size: int
@@ -38,7 +38,7 @@ class Stamp:
         """Return the stamp of a file.
 
         Raises:
-            OSError: it is not there.
+            OSError: the file is not there.
         """
         found = path.stat()
         return cls(found.st_size, found.st_mtime_ns, found.st_ino)
@@ -65,7 +65,7 @@ class Hashes:
         """Return the SHA-256 of a file, in hexadecimal.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         path, stamp = path.absolute(), Stamp.of(path)
         known = self._known.get(path)
@@ -115,7 +115,7 @@ def digest(data: Mapping[str, Any]) -> str:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A file that appears complete or not at all: write to the path that is given, with the same suffix.
+    """Make a file that appears complete or not at all: write to the path that is given, with the same suffix.
 
     Raises:
         OSError: the disk refuses; a file that was there is as it was.
@@ -136,7 +136,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``target`` if the block ends well, and vanishes otherwise.
+    """Make a new folder that takes the place of ``target`` if the block ends well, and vanishes otherwise.
 
     What is in it is flushed to the disk first, so that a crash leaves the old folder or the new one.
 

@@ -27,7 +27,7 @@ def read_picture(path: Path, transparent: str = "white") -> Image.Image:
     """Return a picture file as RGB, turned upright as its EXIF data says.
 
     Args:
-        path: any format that Pillow reads; of several frames the first.
+        path: file in any format that Pillow reads; of several frames the first.
         transparent: colour of transparent parts.
 
     Raises:

@@ -44,13 +44,13 @@ def check_torchvision() -> None:
 
 
 def _built_for_cuda(torchvision: Distribution) -> bool:
-    """By the wheel's local version or, where it has none (the package index), by the CUDA runtime in it."""
+    """Tell by the wheel's local version or, where it has none (the package index), by the CUDA runtime in it."""
     local = Version(torchvision.version).local or ""
     return local.startswith("cu") or any(file.name.startswith("libcudart") for file in torchvision.files or [])
 
 
 def _built_without_cuda(torch: Distribution) -> bool:
-    """By the wheel's local version, or by ``cuda`` in the generated torch/version.py."""
+    """Tell by the wheel's local version, or by ``cuda`` in the generated torch/version.py."""
     local = Version(torch.version).local
     if local is not None:
         return not local.startswith("cu")

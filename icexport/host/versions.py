@@ -23,7 +23,7 @@ def installed(name: str) -> str:
     """Return the version of a package; ONNX Runtime has another name where it is built for GPUs.
 
     Raises:
-        PackageNotFoundError: it is not installed.
+        PackageNotFoundError: the package is not installed.
     """
     try:
         return metadata.version(name)

@@ -51,7 +51,7 @@ def from_official(state: Mapping[str, Tensor], config: ProbeConfig) -> InnerCont
         config: the config that fits it; ``unused_time_embed_dim`` stands for ``bottleneck_layers.{i}.0.`` names.
 
     Raises:
-        CheckpointError: missing, unexpected, misshapen or non-finite tensors; all are listed.
+        CheckpointError: tensors are missing, unexpected, misshapen or non-finite; all are listed.
     """
     with torch.device("meta"):
         expected = InnerControlProbe(config)

@@ -67,7 +67,7 @@ def download(
 
 
 def state_problems(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> list[str]:
-    """Lists every way in which a state dict does not fit: names, types, shapes, non-finite values.
+    """List every way in which a state dict does not fit: names, types, shapes, non-finite values.
 
     Args:
         expected: tensors with the right names and shapes, for example on the meta device.

@@ -24,12 +24,12 @@ class Family:
     """One kind of base model.
 
     Attributes:
-        name: as the manifest records it.
+        name: name of the family, as the manifest records it.
         title: what people call these models.
         pipelines: classes of diffusers' pipelines that such models are saved by; () for the family that every other
             model is taken for.
         parts: folders of the base model that a bundle depends on.
-        needed: files without which it is none.
+        needed: files without which a model is none.
         unsupported: config keys of each component that models of this family leave empty.
         pairs: what has to fit between the components, from their configs.
         graphs: module whose ``split(source, dtype)`` gives the graphs; imported when asked, for it imports torch.
@@ -91,7 +91,7 @@ def family_of(pipeline: str | None) -> Family:
     """Return the family of a base model.
 
     Args:
-        pipeline: class name in its ``model_index.json``; None: it has none.
+        pipeline: class name in the model's ``model_index.json``; None: it has none.
     """
     return next((family for family in FAMILIES.values() if pipeline in family.pipelines), STABLE_DIFFUSION)
 

@@ -20,13 +20,13 @@ def check_fit(
     """Refuse parts that do not belong together, before the long work.
 
     Args:
-        configs: of the base model's components and, where there is one, the ControlNet.
+        configs: configs of the base model's components and, where there is one, the ControlNet.
         condition: name of the condition that the ControlNet and the probe are for.
         probe: config of the probe.
         family: what the base model is taken for.
 
     Raises:
-        CheckpointError: listing everything that does not fit.
+        CheckpointError: a part does not fit; everything that does not is listed.
     """
     problems = [
         f"{part} has {name} = {configs[part][name]!r}, which {family.title} do not"
@@ -50,7 +50,7 @@ def check_fit(
 
 
 def check_source(source: ModelSource) -> None:
-    """``check_fit`` for the parts of a model on this disk."""
+    """Call ``check_fit`` for the parts of a model on this disk."""
     parts = ("unet", "controlnet", "vae", "text_encoder")
     probe = None if source.probe_folder is None else ProbeConfig.from_dict(source.config("probe"))
     check_fit({part: source.full_config(part) for part in parts}, source.condition, probe, source.family)

@@ -45,7 +45,7 @@ class ModelSource:
         base: the base model's folder.
         controlnet_folder: the ControlNet's folder.
         probe_folder: the probe's folder, or None for a bundle without a probe.
-        hashes: of files that are known already.
+        hashes: hashes of files that are known already.
     """
 
     condition: str
@@ -103,7 +103,7 @@ class ModelSource:
         """Refuse to go on with a model whose files have changed since they were hashed.
 
         Raises:
-            CheckpointError: naming the files.
+            CheckpointError: files have changed; they are named.
         """
         if changed := self.hashes.changed(self.paths.values()):
             raise CheckpointError(
@@ -115,7 +115,7 @@ class ModelSource:
         """Return a component's config as its file has it; of the scheduler, too.
 
         Raises:
-            CheckpointError: it is missing or no JSON object.
+            CheckpointError: the config is missing or no JSON object.
         """
         path = (
             self.base / "scheduler" / "scheduler_config.json"
@@ -136,10 +136,10 @@ class ModelSource:
         return int(self.config("scheduler").get("num_train_timesteps", 1000))
 
     def full_config(self, part: str) -> dict[str, Any]:
-        """A component's config with its class's defaults, which files of older versions lack. Imports the classes.
+        """Return a component's config with its class's defaults, which files of older versions lack. Imports classes.
 
         Raises:
-            CheckpointError: as ``config``.
+            CheckpointError: see ``config``.
         """
         return {**_defaults(part), **self.config(part)}
 
@@ -154,7 +154,7 @@ class ModelSource:
         """Return the number of weights of all parts, from the headers of their files.
 
         Raises:
-            CheckpointError: naming every file that is damaged or cut short.
+            CheckpointError: a file is damaged or cut short; every such file is named.
         """
         count, problems = 0, []
         for path in (p for folder in self._weighty.values() for p in folder.glob("*.safetensors")):
@@ -209,10 +209,10 @@ def find_base(model: str) -> tuple[Path, Family]:
     """Return the folder and family of a base model.
 
     Args:
-        model: ``reference``, a folder or a Hub id.
+        model: the base model: ``reference``, a folder or a Hub id.
 
     Raises:
-        CheckpointError: it cannot be had, or lacks files.
+        CheckpointError: the model cannot be had, or lacks files.
     """
     base = reference_path() if model == REFERENCE else locate(model, _all_parts())
     family = family_of(_pipeline_class(base))
@@ -262,8 +262,8 @@ def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     """Return a UNet of diffusers from a folder.
 
     Args:
-        folder: ``config.json`` and safetensors; nothing else is read, and no pickle.
-        dtype: of the weights.
+        folder: folder with ``config.json`` and safetensors; nothing else is read, and no pickle.
+        dtype: dtype of the weights.
 
     Returns:
         The model on the CPU, in evaluation mode, without gradients; so do all of these.
@@ -305,7 +305,7 @@ def load_probe(folder: Path, dtype: torch.dtype) -> InnerControlProbe:
 
 
 def _load(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """``from_pretrained`` without its leniency: no pickles, and any key that does not fit is an error."""
+    """Call ``from_pretrained`` without its leniency: no pickles, and any key that does not fit is an error."""
     pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.ckpt")))
     if not any(folder.glob("*.safetensors")):
         found = f"only {', '.join(pickles)}, which can hold code" if pickles else "no weights"

@@ -19,15 +19,16 @@ class Precision:
     """One precision.
 
     Attributes:
-        name: as ``--dtype`` takes it.
+        name: name of the precision, as ``--dtype`` takes it.
         torch_name: name of the type in torch.
         onnx_name: name of the type in ONNX, in lower case.
         bytes: size of one weight.
         floor: relative RMS error that always passes parity: what other orders of summation and rounding cost.
         opset: default ONNX opset.
-        oldest_opset: oldest one that can express it.
+        oldest_opset: oldest opset that can express it.
         capability: smallest compute capability, times ten, of a GPU that has it; 0: every one.
-        overflows: a model's values may be too large for it; those that are, are moved to float32 after the export.
+        overflows: whether a model's values may be too large for it; those that are, are moved to float32 after the
+            export.
     """
 
     name: str
@@ -71,7 +72,7 @@ def precision(name: str) -> Precision:
     """Return the precision called ``name``.
 
     Raises:
-        UsageError: there is none of this name; those that exist are listed.
+        UsageError: there is no precision of this name; those that exist are listed.
     """
     if name not in PRECISIONS:
         raise UsageError(f"--dtype {name}: choose {' or '.join(PRECISIONS)}.")

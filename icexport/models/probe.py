@@ -279,12 +279,12 @@ class InnerControlProbe(nn.Module):
         """Return a probe from its tensors, in float32 on the CPU, whatever their floating-point type.
 
         Args:
-            config: what fits them.
-            state: as ``state_dict`` gives it.
+            config: config that fits them.
+            state: tensors as ``state_dict`` gives them.
             source: where they come from, for messages.
 
         Raises:
-            CheckpointError: missing, unexpected, misshapen or non-finite tensors; all are listed.
+            CheckpointError: tensors are missing, unexpected, misshapen or non-finite; all are listed.
         """
         # On the meta device: no time spent on initial values, and the global random state is not touched.
         with torch.device("meta"):

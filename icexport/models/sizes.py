@@ -12,12 +12,12 @@ def vae_factor(config: Mapping[str, Any]) -> int:
 
 
 def size_multiple(unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> int:
-    """Height and width in pixels must be multiples of this, so that every UNet level halves evenly."""
+    """Return the pixels that height and width must be multiples of, so that every UNet level halves evenly."""
     return vae_factor(vae_config) * latent_multiple(unet_config)
 
 
 def latent_multiple(unet_config: Mapping[str, Any]) -> int:
-    """The latent's height and width must be multiples of this."""
+    """Return what the latent's height and width must be multiples of."""
     return int(2 ** (len(unet_config["block_out_channels"]) - 1))
 
 

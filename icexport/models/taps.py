@@ -117,7 +117,7 @@ def _block_taps(block: nn.Module, kind: TapKind) -> Iterator[tuple[str, int]]:
 
 
 def _attention_hooks(taps: list[Tensor]) -> tuple[Callable[..., None], Callable[..., None]]:
-    """A pre-hook for a transformer, which gets [B, C, H, W], and a hook for its attention, which gives [B, HW, C]."""
+    """Make a pre-hook of a transformer, which gets [B, C, H, W], and a hook of its attention, giving [B, HW, C]."""
     size: list[int] = []
 
     def read_size(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

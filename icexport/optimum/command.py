@@ -73,7 +73,7 @@ def unregister() -> Path:
         The file that is gone.
 
     Raises:
-        UsageError: as ``register``.
+        UsageError: see ``register``.
     """
     path = _register_folder() / _FILE_NAME
     try:

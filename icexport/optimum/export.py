@@ -36,10 +36,10 @@ def controlled(condition: str, model: str, controlnet: str | None = None, probe:
     """Let a diffusers export by optimum inside the ``with`` block include the ControlNet, its UNet and the probe.
 
     Args:
-        condition: name of the condition, as ``icexport build --cond``.
+        condition: name of the condition, as ``icexport build --cond`` takes it.
         model: base model that optimum is going to export: a folder or a Hub id.
         controlnet: folder or Hub id; None: ``controlnet-<condition>`` in the base model's folder.
-        probe: likewise; ``none``: no probe, and a UNet without taps.
+        probe: folder or Hub id, likewise; ``none``: no probe, and a UNet without taps.
 
     Raises:
         UsageError: a ControlNet or probe must be named, or the condition is unknown.
@@ -75,7 +75,7 @@ class Part(nn.Module):
     """A graph as optimum calls it: named tensors in, named tensors out, with a ``config`` that it may write to.
 
     Args:
-        graph: what to run.
+        graph: graph to run.
         save_config: writes the wrapped model's ``config.json`` into a folder, which need not exist.
     """
 
@@ -99,9 +99,9 @@ class GraphConfig(OnnxConfig):  # type: ignore[misc]
     """What optimum has to know of a graph: names, free axes and example inputs.
 
     Args:
-        graph: described graph.
+        graph: the described graph.
         unet_config: config of the UNet, which knows the model's native size.
-        float_dtype: ``fp32`` or ``fp16``, as the graph's module is.
+        float_dtype: dtype of the floats, ``fp32`` or ``fp16``, as the graph's module is.
     """
 
     NORMALIZED_CONFIG_CLASS = NormalizedConfig

@@ -32,9 +32,9 @@ def first_bad_layer(path: Path, graph: Graph, case: Case, allowed: float) -> str
 
     Args:
         path: the ONNX file.
-        graph: its module in float32.
+        graph: the graph's module in float32.
         case: inputs on which parity failed.
-        allowed: relative RMS error.
+        allowed: relative RMS error that is allowed.
 
     Returns:
         For instance ``unet.mid_block.resnets.0.conv1``; None if every module alone is within bounds.
@@ -81,7 +81,7 @@ def module_outputs(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def scopes(node: onnx.NodeProto) -> tuple[str, ...]:
-    """Paths of the modules that a node belongs to, the outermost first; empty for a node that the tool added."""
+    """List the modules that a node belongs to, the outermost first; empty for a node that the tool added."""
     text = next((p.value for p in node.metadata_props if p.key == _SCOPES), "[]")
     return tuple(path for path in ast.literal_eval(text)[:-1] if path)
 

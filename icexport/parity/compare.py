@@ -35,7 +35,7 @@ class OutputParity:
         error: RMS error over the RMS of the reference.
         allowed: the error that would just have passed.
         case: name of the case.
-        finite: False if a value was NaN or infinite, or if the output is missing or of another shape.
+        finite: whether every value is finite and the output is there and of the right shape.
     """
 
     cosine: float
@@ -54,7 +54,7 @@ def compare(
     """Run ``engine`` and ``reference`` on every case and keep the worst of each output.
 
     Args:
-        engine: what is judged.
+        engine: engine that is judged.
         reference: PyTorch in float32.
         same_dtype: PyTorch in the engine's precision, or None where that is float32 too.
         case_list: inputs in float32; floats are cast to what each engine takes.
@@ -94,7 +94,7 @@ def cast(inputs: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
 
 
 def relative_error(value: Tensor, target: Tensor) -> float:
-    """RMS of the difference over the RMS of ``target``, both in float64; NaN counts as infinite."""
+    """Return the RMS of the difference over the RMS of ``target``, both in float64; NaN counts as infinite."""
     value, target = value.double().cpu(), target.double().cpu()
     error = ((value - target).square().mean() / target.square().mean().clamp(min=1e-24)).sqrt()
     return float(error.nan_to_num(nan=math.inf, posinf=math.inf))

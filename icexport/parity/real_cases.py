@@ -37,10 +37,10 @@ def real_cases(
     """Draw one picture with PyTorch in float32, with guidance, and keep the inputs of every graph.
 
     Args:
-        graphs: all of the model's, in float32.
+        graphs: all graphs of the model, in float32.
         source: the model.
-        profile: pictures have its usual size, and there are as few as it allows.
-        steps: denoising steps.
+        profile: sizes of a bundle; pictures have its usual size, and there are as few as it allows.
+        steps: number of denoising steps.
 
     Returns:
         For every graph the cases ``real step 1`` …; for the text encoder ``real empty prompt`` and ``real prompt``,
@@ -113,7 +113,7 @@ def _tokens(source: ModelSource) -> dict[str, Tensor]:
 
 
 def _scheduler(source: ModelSource, steps: int) -> DDIMScheduler:
-    """DDIM on the model's own noise schedule: no random numbers, and a good guess in few steps."""
+    """Make DDIM on the model's own noise schedule: no random numbers, and a good guess in few steps."""
     config = json.loads((source.base / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     known = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "prediction_type")
     noise = {name: config[name] for name in known if name in config}

@@ -19,9 +19,10 @@ def open_session(
     Args:
         model: the graph without its weights.
         values: names of values in it.
-        folder: where its weights are.
-        frugal: keep the graph as it is and run the nodes in their order, which needs little memory if many values are
-            read on the way: by itself, ONNX Runtime computes the last one first and keeps everything until then.
+        folder: folder where its weights are.
+        frugal: whether to keep the graph as it is and run the nodes in their order, which needs little memory if many
+            values are read on the way: by itself, ONNX Runtime computes the last one first and keeps everything until
+            then.
     """
     cut = onnx.ModelProto()
     cut.CopyFrom(model)

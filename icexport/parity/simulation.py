@@ -26,9 +26,9 @@ class SimulatedEngine:
     Its inputs and outputs are float32 and hold rounded numbers.
 
     Args:
-        name: of the graph.
+        name: name of the graph.
         model: the graph without its weights.
-        folder: where its weights are.
+        folder: folder where its weights are.
         inputs: specs of the inputs, in any float type.
         outputs: specs of the outputs, in any float type.
         dtype: precision of the graph, less than float32.

@@ -68,7 +68,7 @@ class EngineTextEncoder(EngineModule):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
     ) -> tuple[Any, ...]:
-        """``(prompt_embeds [b,S,D],)``, or with hidden states ``(…, states)`` where ``states[-(skip + 1)]`` works.
+        """Return ``(prompt_embeds [b,S,D],)``, or with hidden states ``(…, states)``; ``states[-(skip + 1)]`` works.
 
         Raises:
             UnsupportedOptionError: the text encoder wants an attention mask.
@@ -134,18 +134,18 @@ class EngineControlNet(ControlNetModel):  # type: ignore[misc]
         guess_mode: bool = False,
         return_dict: bool = False,
     ) -> tuple[list[Tensor], Tensor | Deferred]:
-        """Down residuals and the middle one, scaled. A scale of 0 (outside of the guidance window) runs no engine.
+        """Return down residuals and the middle one, scaled. A scale of 0 (outside the guidance window) runs no engine.
 
         With ``step_graphs`` the UNet's stand-in computes them, except in guess mode: the pipeline changes them on the
         way.
 
         Args:
             sample: latents ``[B,4,h,w]``.
-            timestep: one number for all samples.
+            timestep: one timestep for all samples.
             encoder_hidden_states: prompt embeddings ``[B,S,D]``.
             controlnet_cond: control maps ``[B,3,H,W]`` in [0,1].
             conditioning_scale: strength of the control.
-            guess_mode: weaker in shallow layers.
+            guess_mode: whether control is weaker in shallow layers.
             return_dict: always False.
 
         Returns:
@@ -200,11 +200,11 @@ class EngineUNet(EngineModule):
 
         Args:
             sample: latents ``[B,4,h,w]``.
-            timestep: one number for all samples.
+            timestep: one timestep for all samples.
             encoder_hidden_states: prompt embeddings ``[B,S,D]``.
-            down_block_additional_residuals: the ControlNet's, ``[B,C,h/s,w/s]`` each; empty if the next one is
-                ``Deferred``.
-            mid_block_additional_residual: likewise.
+            down_block_additional_residuals: the ControlNet's down residuals, ``[B,C,h/s,w/s]`` each; empty if the next
+                one is ``Deferred``.
+            mid_block_additional_residual: the ControlNet's middle residual, likewise.
             timestep_cond: always None, like the two behind it: the pipeline refuses the options that set them.
             cross_attention_kwargs: always None.
             added_cond_kwargs: always None.

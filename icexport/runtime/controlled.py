@@ -85,15 +85,16 @@ class Controlled:
 
         Args:
             bundle: a bundle or its folder.
-            backend: ``auto`` or one that the bundle was built for.
+            backend: name of a backend that the bundle was built for, or ``auto``.
             device: ``cpu``, ``cuda`` or ``cuda:<i>``; None: ``cuda`` if the backend runs nowhere else, else ``cpu``.
             safety_checker: a checker to run on the pictures, in PyTorch; needs a bundle with a feature extractor.
-            cuda_graph: launch ControlNet and UNet of a step at once; for backends that never wait for the GPU.
-            probe_kernels: read the control with the Triton kernels of ``engines.kernels`` instead of the backend's
-                probe engine; on a GPU.
+            cuda_graph: whether to launch ControlNet and UNet of a step at once; for backends that never wait for the
+                GPU.
+            probe_kernels: whether to read the control with the Triton kernels of ``engines.kernels`` instead of the
+                backend's probe engine; on a GPU.
 
         Raises:
-            BundleError: no bundle, damaged, of another schema, or not built for the backend.
+            BundleError: there is no bundle, or it is damaged, of another schema, or not built for the backend.
             BackendUnavailableError: the backend cannot run on the device.
             UnsupportedOptionError: ``cuda_graph`` or ``probe_kernels`` is not possible here.
         """
@@ -134,7 +135,7 @@ class Controlled:
 
         Args:
             *args: a device, a dtype, a tensor that has both, or several of them, as for ``torch.nn.Module.to``.
-            **kwargs: ``device`` and ``dtype``.
+            **kwargs: device and dtype by name.
 
         Raises:
             UnsupportedOptionError: a dtype other than the bundle's is asked for.
@@ -157,10 +158,10 @@ class Controlled:
         return self
 
     def load_lora_weights(self, *_args: Any, **_kwargs: Any) -> None:
-        """Not possible on engines.
+        """Refuse: not possible on engines.
 
         Raises:
-            UnsupportedOptionError: always; it says what to do.
+            UnsupportedOptionError: raised always; it says what to do.
         """
         raise UnsupportedOptionError(
             "Engines have their weights baked in. Fuse the LoRA into the model first (pipe.fuse_lora(), "
@@ -168,10 +169,10 @@ class Controlled:
         )
 
     def load_ip_adapter(self, *_args: Any, **_kwargs: Any) -> None:
-        """Not possible on engines.
+        """Refuse: not possible on engines.
 
         Raises:
-            UnsupportedOptionError: always.
+            UnsupportedOptionError: raised always.
         """
         raise UnsupportedOptionError(f"IP-Adapters are not supported: {_UNSUPPORTED['ip_adapter_image']}.")
 
@@ -235,7 +236,7 @@ class Controlled:
         """Return what reads the control back while a picture is drawn; None: nothing can, or nothing is to.
 
         Args:
-            control_maps: ``[b,3,H,W]`` in [0,1].
+            control_maps: control maps ``[b,3,H,W]`` in [0,1].
             steps: True for every UNet call, or the 0-based calls to read; False: none.
         """
         probe = self._loaded.probe

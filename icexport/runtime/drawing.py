@@ -20,10 +20,11 @@ class Request:
     """What to draw.
 
     Attributes:
-        prompt: one for all pictures, or one for each.
-        seeds: of the pictures, in their order; a picture depends on its own only, however they are split into calls.
+        prompt: one prompt for all pictures, or one for each.
+        seeds: seeds of the pictures, in their order; a picture depends on its own only, however they are split into
+            calls.
         negative_prompt: what to avoid.
-        steps: denoising steps.
+        steps: number of denoising steps.
         guidance_scale: weight of the prompt; 1: no guidance.
         controlnet_scale: weight of the control; 0: off.
     """
@@ -42,7 +43,7 @@ class Drawn:
 
     Attributes:
         pictures: float32 ``[N,3,H,W]`` in [0,1] on the CPU.
-        report: how well they follow their control maps; None where it was not asked for.
+        report: report of how well they follow their control maps; None where it was not asked for.
     """
 
     pictures: Tensor
@@ -53,7 +54,7 @@ class Drawn:
         """The report of pictures that were checked.
 
         Raises:
-            UsageError: they were not.
+            UsageError: the pictures were not checked.
         """
         if self.report is None:
             raise UsageError("These pictures were drawn without a fidelity check.")
@@ -90,17 +91,17 @@ def draw_calls(
 
     Args:
         pipe: a pipeline of ours, or diffusers' own one, which knows nothing of fidelity.
-        control_maps: ``[N,3,H,W]`` in [0,1], one for each picture, or ``[1,3,H,W]`` for all of them.
+        control_maps: control maps ``[N,3,H,W]`` in [0,1], one for each picture, or ``[1,3,H,W]`` for all of them.
         request: what to draw.
         calls: how many pictures one call takes. Where fewer are left, the last one is drawn again and thrown away.
-        check_fidelity: as the pipeline takes it; only for a pipeline of ours.
+        check_fidelity: whether, or at which calls, to check, as the pipeline takes it; only for a pipeline of ours.
         callback: called at the end of every step, as diffusers does.
 
     Yields:
         The pictures of each call, in the order of the seeds.
 
     Raises:
-        UsageError: the control maps or prompts do not fit the seeds; or as the pipeline.
+        UsageError: the control maps or prompts do not fit the seeds; or what the pipeline raises.
     """
     count = len(request.seeds)
     single = isinstance(request.prompt, str) and len(control_maps) == 1

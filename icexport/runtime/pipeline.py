@@ -59,41 +59,42 @@ class InnerControlPipeline(Controlled, StableDiffusionControlNetPipeline):  # ty
         Args:
             prompt: one or several prompts.
             image: control map(s): PIL pictures, arrays or tensors ``[B,3,H,W]`` in [0,1].
-            height: pixels; like ``width`` only used for PIL pictures and arrays, the map is resized to it.
-            width: see ``height``.
-            num_inference_steps: denoising steps.
+            height: height in pixels; like ``width`` only used for PIL pictures and arrays, the map is resized to it.
+            width: width in pixels; see ``height``.
+            num_inference_steps: number of denoising steps.
             timesteps: own timesteps instead, for schedulers that take them.
             sigmas: own sigmas instead, for schedulers that take them.
             guidance_scale: classifier-free guidance above 1.
             negative_prompt: what to avoid, with guidance.
-            num_images_per_prompt: pictures for each prompt.
-            eta: of DDIM.
-            generator: one, or a list with one for each picture.
+            num_images_per_prompt: number of pictures for each prompt.
+            eta: eta of DDIM.
+            generator: one generator, or a list with one for each picture.
             latents: start noise ``[B,4,h,w]`` instead of drawn noise.
-            prompt_embeds: ``[b,S,D]`` instead of ``prompt``.
-            negative_prompt_embeds: ``[b,S,D]`` instead of ``negative_prompt``.
+            prompt_embeds: embeddings ``[b,S,D]`` instead of ``prompt``.
+            negative_prompt_embeds: embeddings ``[b,S,D]`` instead of ``negative_prompt``.
             ip_adapter_image: not supported.
             ip_adapter_image_embeds: not supported.
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
-            return_dict: False: the plain tuple ``(images, nsfw_content_detected)``.
+            return_dict: whether to return an object; False: the plain tuple ``(images, nsfw_content_detected)``.
             cross_attention_kwargs: not supported.
             controlnet_conditioning_scale: strength of the control; 0 switches it off.
-            guess_mode: control without a prompt's help: weaker in shallow layers, absent in the unconditional half.
+            guess_mode: whether to control without a prompt's help: weaker in shallow layers, absent in the
+                unconditional half.
             control_guidance_start: share of the steps at which control begins.
             control_guidance_end: share of the steps at which it ends.
-            clip_skip: layers of the text encoder to skip.
+            clip_skip: number of layers of the text encoder to skip.
             callback_on_step_end: ``f(pipe, step, timestep, tensors) -> tensors``.
-            callback_on_step_end_tensor_inputs: names of the tensors that it gets.
-            check_fidelity: read the control back with the probe at every UNet call, or at the 0-based calls given, and
-                score the pictures. False: nothing of this is computed.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
+            check_fidelity: whether to read the control back with the probe at every UNet call, or at the 0-based calls
+                given, and score the pictures. False: nothing of this is computed.
             **kwargs: ``callback`` and ``callback_steps``, which diffusers deprecates.
 
         Returns:
             Pictures with ``.fidelity``, or the plain tuple.
 
         Raises:
-            UnsupportedOptionError: an option that a fixed graph cannot express; the message says what to do.
-            UsageError: a size outside the bundle's profile, or arguments that contradict each other.
+            UnsupportedOptionError: a fixed graph cannot express an option; the message says what to do.
+            UsageError: a size is outside the bundle's profile, or arguments contradict each other.
             ConditionError: the pictures cannot be scored, because the condition's extractor lacks its weights.
         """
         refused = {"ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds}

@@ -19,7 +19,7 @@ class SchedulerChoice:
     """A scheduler under a name of its own.
 
     Attributes:
-        name: as ``--scheduler`` takes it, in lower case.
+        name: name of the scheduler, as ``--scheduler`` takes it, in lower case.
         scheduler: class of diffusers.
         settings: config values that are set whatever the model says.
     """
@@ -55,10 +55,11 @@ def choose_scheduler(name: str, own: SchedulerMixin) -> SchedulerMixin:
 
     Args:
         name: one of ``CHOICES``, or a class of diffusers with or without ``Scheduler`` at its end.
-        own: the model's.
+        own: the model's scheduler.
 
     Raises:
-        UsageError: no such scheduler, none for this model (those that fit are listed), or one without its library.
+        UsageError: there is no such scheduler, none for this model (those that fit are listed), or one without its
+            library.
     """
     choice = CHOICES.get(name.lower())
     wanted = scheduler_class(choice.scheduler if choice else name)

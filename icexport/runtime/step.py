@@ -22,7 +22,7 @@ class Deferred:
     """Residuals that are not computed yet.
 
     Attributes:
-        inputs: of the ControlNet's engine.
+        inputs: inputs of the ControlNet's engine.
     """
 
     def __init__(self, inputs: dict[str, Tensor]) -> None:
@@ -33,8 +33,8 @@ class StepGraphs:
     """CUDA graphs of a step, recorded at the first step with each combination of shapes.
 
     Args:
-        controlnet: its engine.
-        unet: its engine.
+        controlnet: engine of the ControlNet.
+        unet: engine of the UNet.
         record: what records; None: CUDA graphs that share their memory.
     """
 
@@ -50,9 +50,9 @@ class StepGraphs:
         """Run a step.
 
         Args:
-            inputs: of the UNet; without the residuals if ``controlnet`` is given.
+            inputs: inputs of the UNet; without the residuals if ``controlnet`` is given.
             controlnet: what the ControlNet was called with; None: the residuals are among ``inputs``.
-            outputs: of the UNet that are wanted; None: all.
+            outputs: outputs of the UNet that are wanted; None: all.
 
         Returns:
             The outputs. All but ``noise_pred``, which schedulers keep, are valid until the next call.

@@ -52,7 +52,7 @@ class Cut:
     mirrored: bool = False
 
     def apply(self, picture: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-        """This part of ``picture``, scaled to ``size`` = (height, width) with ``resample``."""
+        """Cut this part out of ``picture``, scaled to ``size`` = (height, width) with ``resample``."""
         width, height = picture.size
         box = (self.left * width, self.top * height, self.right * width, self.bottom * height)
         part = picture.resize((size[1], size[0]), resample, box)

@@ -73,7 +73,7 @@ class Source(Protocol):
     """A data set, entry by entry, always in the same order."""
 
     def __iter__(self) -> Iterator[Sample | Fault]:
-        """Once through; a part that cannot be read at all is a fault."""
+        """Go through once; a part that cannot be read at all is a fault."""
 
 
 class Counts:

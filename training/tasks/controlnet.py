@@ -116,7 +116,7 @@ class ControlNetTask(Task):
         return reward_loss(original, target, timesteps, limits, models.decode, extractor, skip)
 
     def settings(self) -> dict[str, Any]:
-        """Losses, condition, prompts and frozen weights."""
+        """Return losses, condition, prompts and frozen weights."""
         condition = {"name": self._condition.name, **asdict(self._condition)}
         values = {"loss": asdict(self._loss), "condition": condition, "text_dropout": self._text_dropout}
         return json.loads(json.dumps({**values, "frozen": self._frozen.fingerprints()}, default=str))

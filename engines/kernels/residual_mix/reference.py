@@ -27,16 +27,16 @@ def residual_mix(
     antialiasing), and then GroupNorm'ed if ``normalise_skip``.
 
     Args:
-        accumulated: ``[B,P,H,W]`` float32, float16 or bfloat16; any strides: the sum over the taps before.
-        main: ``[B,P,H,W]``, of the same dtype, like every tensor here: the last convolution's output.
-        skip: ``[B,Cs,h,w]``.
-        main_gamma: ``[P]``: factor of the GroupNorm of main.
-        main_beta: ``[P]``: addend of the GroupNorm of main.
-        skip_gamma: ``[P]``: factor of the GroupNorm of the shortcut; not read unless ``normalise_skip``.
-        skip_beta: ``[P]``: addend of the GroupNorm of the shortcut; not read unless ``normalise_skip``.
-        mix: ``[L]``: weights of all taps.
+        accumulated: sum over the taps before, ``[B,P,H,W]`` float32, float16 or bfloat16; any strides.
+        main: the last convolution's output ``[B,P,H,W]``, of the same dtype, like every tensor here.
+        skip: map ``[B,Cs,h,w]`` that holds the shortcut.
+        main_gamma: factor of the GroupNorm of main, ``[P]``.
+        main_beta: addend of the GroupNorm of main, ``[P]``.
+        skip_gamma: factor of the GroupNorm of the shortcut, ``[P]``; not read unless ``normalise_skip``.
+        skip_beta: addend of the GroupNorm of the shortcut, ``[P]``; not read unless ``normalise_skip``.
+        mix: weights of all taps, ``[L]``.
         index: which of the weights is this tap's.
-        first_channel: the shortcut is channels ``first_channel`` to ``first_channel + P`` of skip.
+        first_channel: first channel of the shortcut, which is ``first_channel`` to ``first_channel + P`` of skip.
         num_groups: number of groups of both GroupNorms, whose statistics are those of maps at H x W, in float32.
         eps: epsilon of both GroupNorms.
         normalise_skip: whether the shortcut has a GroupNorm.
@@ -45,8 +45,8 @@ def residual_mix(
         ``[B,P,H,W]``, contiguous.
 
     Raises:
-        ValueError: as an operator, if the arguments do not fit each other.
-        BackendUnavailableError: as an operator, on a GPU without Triton.
+        ValueError: if the arguments do not fit each other, when called as an operator.
+        BackendUnavailableError: if Triton is missing on a GPU, when called as an operator.
     """
     part = skip[:, first_channel : first_channel + main.shape[1]]
     shortcut = F.interpolate(part, main.shape[2:], mode="bilinear", align_corners=False)

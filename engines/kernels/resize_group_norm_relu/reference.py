@@ -17,16 +17,16 @@ def resize_group_norm_relu(
     num_groups: int,
     eps: float,
 ) -> Tensor:
-    """Bilinear resize of some channels (half-pixel centres, no antialiasing), GroupNorm, ReLU, then a shift.
+    """Resize some channels bilinearly (half-pixel centres, no antialiasing), then GroupNorm, ReLU and a shift.
 
     Args:
-        x: ``[B,Cx,h,w]`` float32, float16 or bfloat16; any strides.
-        gamma: ``[C]``, of the same dtype as x, like every tensor here: factor of the GroupNorm.
-        beta: ``[C]``: addend of the GroupNorm.
-        shift: ``[1,C]`` or ``[B,C]``: added after the ReLU.
-        first_channel: the op reads channels ``first_channel`` to ``first_channel + C`` of x.
-        height: H of the result.
-        width: W of the result.
+        x: input ``[B,Cx,h,w]`` float32, float16 or bfloat16; any strides.
+        gamma: factor of the GroupNorm, ``[C]``, of the same dtype as x, like every tensor here.
+        beta: addend of the GroupNorm, ``[C]``.
+        shift: addend after the ReLU, ``[1,C]`` or ``[B,C]``.
+        first_channel: first of the channels that are read, ``first_channel`` to ``first_channel + C`` of x.
+        height: height H of the result.
+        width: width W of the result.
         num_groups: number of groups of the GroupNorm, whose statistics are those of the resized map, in float32.
         eps: epsilon of the GroupNorm.
 
@@ -34,8 +34,8 @@ def resize_group_norm_relu(
         ``[B,C,H,W]``, contiguous.
 
     Raises:
-        ValueError: as an operator, if the arguments do not fit each other.
-        BackendUnavailableError: as an operator, on a GPU without Triton.
+        ValueError: if the arguments do not fit each other, when called as an operator.
+        BackendUnavailableError: if Triton is missing on a GPU, when called as an operator.
     """
     part = x[:, first_channel : first_channel + len(gamma)]
     resized = F.interpolate(part, (height, width), mode="bilinear", align_corners=False)
