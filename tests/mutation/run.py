@@ -189,6 +189,7 @@ def main() -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # for the tests, too: a mutant may ask for anything
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, shells ignore it for all below
     pool = ThreadPoolExecutor(args.workers)
     with tempfile.TemporaryDirectory() as folder, args.report.open("a") as report:
 
