@@ -60,6 +60,7 @@ class OnnxRuntimeEngine:
         name: of the graph.
         path: the ONNX file; its external data, if any, lies beside it.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<i>"``.
+        weights: folder of the file's external data; None: that of the file.
         threads: number of CPU threads within an operator; None leaves the choice to ONNX Runtime.
 
     Raises:
@@ -70,14 +71,21 @@ class OnnxRuntimeEngine:
     backend = "onnxruntime"
 
     def __init__(
-        self, name: str, path: str | Path, device: str | torch.device = "cpu", threads: int | None = None
+        self,
+        name: str,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        weights: str | Path | None = None,
+        threads: int | None = None,
     ) -> None:
         self.name = name
         self.path = Path(path)
+        self.weights = Path(weights) if weights is not None else self.path.parent
         self.device = as_device(device)
         require_device(self.backend, check(), self.device.type)
         # Any: onnxruntime ships no type information.
-        self._session: Any | None = _open_session(self.path, self.device, threads)
+        self._session: Any | None = _open_session(self.path, self.weights, self.device, threads)
         self.inputs = tuple(_spec(node, self.path) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node, self.path) for node in self._session.get_outputs())
         self._dtypes = {spec.name: spec.dtype for spec in self.outputs}
@@ -126,7 +134,7 @@ class OnnxRuntimeEngine:
         self._session = None
 
 
-def _open_session(path: Path, device: torch.device, threads: int | None) -> Any:
+def _open_session(path: Path, weights: Path, device: torch.device, threads: int | None) -> Any:
     """Open a session on exactly one device; with CUDA, ONNX Runtime keeps the arithmetic of shapes on the CPU."""
     import onnxruntime
 
@@ -137,13 +145,18 @@ def _open_session(path: Path, device: torch.device, threads: int | None) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
+    model: str | bytes = str(path)
+    if weights != path.parent:
+        # ONNX Runtime takes weights from another folder only if the graph itself is in memory.
+        model = path.read_bytes()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     provider = _PROVIDERS[device.type]
     providers: list[Any] = [provider]
     if device.type == "cuda":
         providers = [(provider, {"device_id": str(device.index)}), _PROVIDERS["cpu"]]
     try:
         # enable_fallback: without 0, a provider that fails is replaced by the CPU with nothing but a print.
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # the exceptions of ONNX Runtime have no base class of their own
         raise EngineError(
             f"ONNX Runtime cannot load {path}: {error}. If the file or the data beside it is damaged or incomplete, "

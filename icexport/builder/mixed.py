@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,10 @@ from icexport.graphs.graph import Graph
 from icexport.models.precision import Precision
 from icexport.parity import bisect
 from icexport.parity.cases import Case
-from icexport.parity.compare import COSINE_ERROR, compare, room
-from icexport.parity.session import open_session, run_session
+from icexport.parity.compare import COSINE_ERROR, Expected, compare, room
+from icexport.parity.session import open_session, run_session, takes_any_number
 from icexport.parity.simulation import SimulatedEngine
+from icexport.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
@@ -85,15 +86,23 @@ class _Finding:
     measured: float
 
 
-def stabilise(path: Path, reference: Graph, case_list: Sequence[Case], dtype: Precision) -> list[Island]:
+def stabilise(
+    path: Path,
+    reference: Graph,
+    expected: Sequence[Expected],
+    dtype: Precision,
+    progress: Progress = silent,
+) -> list[Island]:
     """Move what overflows or fails in float16 to float32, in the file.
 
     Args:
         path: the ONNX file as it was exported, with its weights in ``<path>.data``. Both stay as they are, byte by
             byte, if nothing has to be moved.
         reference: the graph's module in float32.
-        case_list: inputs to judge by, in float32. Each costs two runs in ONNX Runtime and one of PyTorch.
+        expected: cases to judge by. Each costs two runs in ONNX Runtime, of its different samples only where the graph
+            leaves their number free.
         dtype: precision of the file: float16.
+        progress: told how many of these runs are done.
 
     Returns:
         The islands in the order of running. If parity still fails after ``ROUNDS`` modules, only those of the range
@@ -104,22 +113,42 @@ def stabilise(path: Path, reference: Graph, case_list: Sequence[Case], dtype: Pr
     """
     _check_weights(reference)
     model = onnx.load(path, load_external_data=False)
-    peaks = measure(model, case_list, path.parent)
+    bounds = list(_bounds(expected, single=takes_any_number(model)))
+    step, runs = f"float16 range of {reference.name}", 2 * len(bounds)
+    case_list = [replace(one.case, inputs=one.case.spread(one.case.inputs, one.counted)) for one in bounds]
+    peaks = measure(model, case_list, path.parent, lambda done: progress(step, done, runs))
     _check_outputs(model, peaks, reference.name)
     moved = out_of_range(model, peaks)
-    moved |= _until_parity(model, moved, path.parent, reference, case_list, dtype)
+    moved |= _until_parity(
+        model, moved, path.parent, reference, bounds, dtype, lambda done: progress(step, len(bounds) + done, runs)
+    )
     if moved:
         _save(model, moved, path)
     return _summary(model, moved)
 
 
-def measure(model: onnx.ModelProto, case_list: Sequence[Case], folder: Path) -> dict[str, float]:
+def _bounds(expected: Iterable[Expected], *, single: bool) -> Iterator[Expected]:
+    """Yield the cases with the cosine's limit for every output: what else they allow is for engines.
+
+    Args:
+        expected: the cases.
+        single: whether to take every sample by itself, which needs the least memory.
+    """
+    for one in expected:
+        limited = replace(one, allowed=dict.fromkeys(one.outputs, COSINE_ERROR))
+        yield from limited.samples() if single else [limited]
+
+
+def measure(
+    model: onnx.ModelProto, case_list: Sequence[Case], folder: Path, progress: Callable[[int], None] = lambda _: None
+) -> dict[str, float]:
     """Return the largest magnitude over all cases of every float16 value of a graph, computed in float32.
 
     Args:
         model: the graph without its weights, which lie in ``folder``.
         case_list: inputs in float32.
         folder: folder where the weights are.
+        progress: told how many cases are done.
 
     Returns:
         By the value's name; without the values that a node merely passes on.
@@ -128,23 +157,33 @@ def measure(model: onnx.ModelProto, case_list: Sequence[Case], folder: Path) -> 
     halves = values_of(model)
     made = {n for node in model.graph.node if node.op_type not in _SAME_VALUES for n in node.output if n in halves}
     only_softmax = _read_by_softmax_only(model)
-    names, nodes = [], []
+    peaks, nodes = [], []
     for node in lifted.graph.node:
         nodes.append(node)
         for name in (twin.removesuffix(WIDE) for twin in node.output if twin.endswith(WIDE)):
             if name in made:
-                names.append(name)
-                nodes += _peak_of(name, signed=name in only_softmax)
+                # Two reductions and not one of magnitudes, which would be as large as the value once more.
+                nodes += [_reduced(operator, name) for operator in _EXTREMES]
+                peaks.append((name, name in only_softmax))
     del lifted.graph.node[:]
     lifted.graph.node.extend(nodes)
-    session = open_session(lifted, [f"{name}.peak" for name in names], folder, frugal=True)
-    found = np.array([run_session(session, case.inputs) for case in case_list], dtype=np.float64)
-    return dict(zip(names, found.max(axis=0).tolist(), strict=True))
+    session = open_session(lifted, [f"{name}.{o}" for name, _ in peaks for o in _EXTREMES], folder, frugal=True)
+    found = []
+    for number, case in enumerate(case_list, start=1):
+        found.append(run_session(session, case.inputs))
+        progress(number)
+    high, low = np.array(found, dtype=np.float64).reshape(len(found), -1, 2).transpose(2, 0, 1)
+    return {
+        name: float((high[:, i] if signed else np.maximum(high[:, i], -low[:, i])).max())
+        for i, (name, signed) in enumerate(peaks)
+    }
 
 
-def _peak_of(name: str, signed: bool) -> list[onnx.NodeProto]:
-    magnitude = helper.make_node("Identity" if signed else "Abs", [name + WIDE], [f"{name}.magnitude"])
-    return [magnitude, helper.make_node("ReduceMax", [f"{name}.magnitude"], [f"{name}.peak"], keepdims=0)]
+_EXTREMES = ("ReduceMax", "ReduceMin")
+
+
+def _reduced(operator: str, name: str) -> onnx.NodeProto:
+    return helper.make_node(operator, [name + WIDE], [f"{name}.{operator}"], keepdims=0)
 
 
 def _read_by_softmax_only(model: onnx.ModelProto) -> set[str]:
@@ -178,23 +217,23 @@ def _until_parity(
     ranged: Mapping[int, _Finding],
     folder: Path,
     reference: Graph,
-    case_list: Sequence[Case],
+    expected: Sequence[Expected],
     dtype: Precision,
+    progress: Callable[[int], None],
 ) -> dict[int, _Finding]:
     """Return nodes beyond ``ranged`` that make parity hold, module by module; none if that cannot be reached."""
-    exact = reference.engine()
     extra: dict[int, _Finding] = {}
     for _ in range(ROUNDS + 1):
         moved = {**ranged, **extra}
         candidate = widen(model, moved)
         engine = SimulatedEngine(reference.name, candidate, folder, reference.inputs, reference.outputs, dtype)
-        found = compare(engine, exact, None, list(case_list), dtype)
-        engine.close()
         # PyTorch's own error in float16, by which the gate measures, is what is simulated: the cosine's limit is left.
+        found = compare(engine, expected, progress)
+        engine.close()
         name, worst = min(found.items(), key=lambda item: room(item[1]))
-        if replace(worst, allowed=COSINE_ERROR):
+        if worst:
             return extra
-        case = next(case for case in case_list if case.name == worst.case)
+        case = next(one.case for one in expected if one.case.name == worst.case)
         layer = bisect.first_bad_module(engine.model, folder, reference, case, COSINE_ERROR) or ""
         logger.warning("%s.%s: error %.3g in float16, first in %r", reference.name, name, worst.error, layer)
         nodes = _nodes_to_move(model, layer, moved)

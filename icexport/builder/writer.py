@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 from icexport import conditions
@@ -24,7 +23,7 @@ from icexport.errors import ExportError
 from icexport.export.onnx import export_graph
 from icexport.export.plugins import export_plugin_graph
 from icexport.export.precision import read_precision
-from icexport.gates.parity_gate import parity_gate, write_report
+from icexport.gates.parity_gate import expect_graph, parity_gate, write_report
 from icexport.graphs.graph import Graph, describe
 from icexport.graphs.split import split
 from icexport.host.files import Hashes, Stamp
@@ -32,14 +31,13 @@ from icexport.host.versions import versions
 from icexport.models.precision import REFERENCE, precision
 from icexport.models.probe import CONFIG_NAME, WEIGHTS_NAME
 from icexport.models.sizes import size_multiple
-from icexport.parity.cases import Case, cases
-from icexport.parity.compare import FACTOR, MIN_COSINE
+from icexport.parity.compare import FACTOR, MIN_COSINE, Expected
 from icexport.parity.real_cases import real_cases
 from icexport.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-_SEEDED_CASES = 3
+_SEEDED_CASES = 1
 
 
 def write_bundle(spec: BuildSpec, key: str, folder: Path, store: EngineStore, progress: Progress) -> None:
@@ -67,6 +65,7 @@ class _Writer:
         self._multiple = size_multiple(spec.source.config("unet"), spec.source.config("vae"))
         self._symbols = spec.profile.symbols(self._multiple)
         self._hashes = Hashes()
+        self._expected: dict[str, list[Expected]] = {}
 
     def write(self, key: str) -> None:
         (self._folder / "graphs").mkdir()
@@ -74,15 +73,20 @@ class _Writer:
         engines: dict[str, EngineEntry] = {}
         spec = self._spec
         backends = [table.get(name) for name in spec.backends]
+        from_module = [backend for backend in backends if backend.from_module]
         for graph, real in self._graphs():
-            lowered = graph if real is None else graph.cast(self._precision.torch)
+            lowered = graph.cast(self._precision.torch) if self._has_reference and self._precision.reduced else graph
             entry = self._export(lowered)
+            if self._has_reference:
+                self._expect(graph, lowered)
+            module = lowered if from_module else None
+            del lowered
             if real is not None:
                 entry = self._move_islands(entry, graph, real)
             entries[graph.name] = entry
-            for backend in (b for b in backends if b.from_module):
-                engines |= make_engine(backend, self._request(graph.name, entry, lowered))
-            del graph, lowered
+            for backend in from_module:
+                engines |= make_engine(backend, self._request(graph.name, entry, module))
+            del graph, module, real
             gc.collect()
         # Only now: the models are out of memory, which a builder needs for itself.
         for backend in (b for b in backends if not b.from_module):
@@ -93,25 +97,36 @@ class _Writer:
         self._finish(manifest)
         if spec.verify:
             bundle = Bundle(self._folder, self._hashes)
-            manifest.parity = parity_gate(bundle, spec.source, spec.backends, self._progress)
+            manifest.parity = parity_gate(bundle, spec.source, self._expected, spec.backends, self._progress)
             write_report(bundle, manifest.parity)
             self._finish(manifest)
         spec.source.check_unchanged()
 
-    def _graphs(self) -> Iterator[tuple[Graph, list[Case] | None]]:
-        """Return the graphs in the precision of the build; whoever takes one is the only one to hold it.
+    @property
+    def _has_reference(self) -> bool:
+        """Whether the graphs come in float32 first: for the gate, or to find what float16 cannot carry."""
+        return self._spec.verify or self._precision.overflows
 
-        Where some values may be too large for that precision, a graph comes in float32 instead, and with inputs of a
-        real picture, by which these values are found.
+    def _graphs(self) -> Iterator[tuple[Graph, list[Expected] | None]]:
+        """Return the graphs; whoever takes one is the only one to hold it.
+
+        Where some values may be too large for the precision of the build, each comes with cases of a real picture, by
+        which these values are found.
         """
         spec = self._spec
         if not self._precision.overflows:
+            dtype = REFERENCE.torch if self._has_reference else self._precision.torch
             # Not a loop, whose variable would hold a graph while the next one is loaded.
-            return map(lambda graph: (graph, None), split(spec.source, self._precision.torch))  # noqa: C417
-        self._progress("draw a picture for its activations")
+            return map(lambda graph: (graph, None), split(spec.source, dtype))  # noqa: C417
         held = {graph.name: graph for graph in split(spec.source, REFERENCE.torch)}  # the picture needs all at once
-        real = real_cases(list(held.values()), spec.source, spec.profile)
+        real = real_cases(list(held.values()), spec.source, spec.profile, progress=self._progress)
         return map(lambda name: (held.pop(name), real.pop(name)), list(held))  # noqa: C417
+
+    def _expect(self, graph: Graph, lowered: Graph) -> None:
+        """Keep what the graph's engines have to compute, while its weights are in memory."""
+        self._progress(f"reference {graph.name}")
+        own = lowered if self._precision.reduced and self._spec.verify else None
+        self._expected[graph.name] = expect_graph(graph, own, self._precision, self._spec.profile, self._multiple)
 
     def _request(self, name: str, entry: GraphEntry, module: Graph | None = None) -> EngineRequest:
         spec = self._spec
@@ -144,12 +159,12 @@ class _Writer:
         inputs, outputs = describe(graph.inputs), describe(graph.outputs)
         return GraphEntry(file, inputs, outputs, dtypes, plugin_file=plugin_file, plugins=plugins)
 
-    def _move_islands(self, entry: GraphEntry, reference: Graph, real: list[Case]) -> GraphEntry:
+    def _move_islands(self, entry: GraphEntry, reference: Graph, real: list[Expected]) -> GraphEntry:
         """Move the parts of an exported graph to float32 that its precision cannot carry."""
         self._progress(f"float16 range of {reference.name}")
-        seeded = islice(cases(reference, self._spec.profile, self._multiple), _SEEDED_CASES)
         path = self._folder / entry.file
-        islands = stabilise(path, reference, [*seeded, *real], self._precision)
+        seeded = self._expected[reference.name][:_SEEDED_CASES]
+        islands = stabilise(path, reference, [*seeded, *real], self._precision, self._progress)
         if islands and entry.plugin_file:
             raise ExportError(
                 f"{reference.name} needs float32 for {', '.join(island.scope for island in islands)}, which its "

@@ -107,11 +107,11 @@ class Steps:
         self._bar.start()
         return self
 
-    def __call__(self, step: str, share: float | None = None, /) -> None:
+    def __call__(self, step: str, done: float | None = None, total: float = 1.0, /) -> None:
         """Begin ``step``, which ends the one before it; or, with the name of the running step, show how far it is."""
-        if step == self._step and share is not None:
+        if step == self._step and done is not None:
             for task in self._bar.task_ids:
-                self._bar.update(task, total=1.0, completed=share)
+                self._bar.update(task, total=total, completed=done)
             return
         if not self.begun:
             silence_libraries()  # not before: a cache hit has no steps and must not pay for the imports

@@ -9,6 +9,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -22,14 +23,17 @@ from icexport.bundle.store import Bundle
 from icexport.errors import ParityError
 from icexport.export.plugins import inline_plugins
 from icexport.graphs.graph import Graph, specs
+from icexport.graphs.profile import Profile
 from icexport.graphs.split import split
 from icexport.models.loading import ModelSource
-from icexport.models.precision import REFERENCE, precision
+from icexport.models.precision import REFERENCE, Precision, precision
 from icexport.models.sizes import size_multiple
-from icexport.parity.bisect import first_bad_layer
-from icexport.parity.cases import Case, cases
-from icexport.parity.compare import COSINE_ERROR, MIN_COSINE, OutputParity, compare, room
+from icexport.parity.bisect import first_bad_module
+from icexport.parity.cases import cases
+from icexport.parity.compare import COSINE_ERROR, MIN_COSINE, Expected, OutputParity, compare, expect, room
+from icexport.parity.session import takes_any_number
 from icexport.parity.simulation import SimulatedEngine
+from icexport.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +46,51 @@ PLUGIN_GRAPH = "plugin graph"
 """In the results of the gate: the graph whose nodes are plugins, run without them."""
 
 
+def expected_of(
+    source: ModelSource, dtype: Precision, profile: Profile, progress: Progress
+) -> dict[str, list[Expected]]:
+    """Return what every graph of a model has to compute; none of its weights stays in memory.
+
+    Args:
+        source: the model.
+        dtype: precision of the engines that are to be judged.
+        profile: sizes of the bundle.
+        progress: told which graph is being computed.
+    """
+    multiple = size_multiple(source.config("unet"), source.config("vae"))
+    found = {}
+    for graph in split(source, REFERENCE.torch):
+        progress(f"reference {graph.name}")
+        found[graph.name] = expect_graph(
+            graph, graph.cast(dtype.torch) if dtype.reduced else None, dtype, profile, multiple
+        )
+        del graph
+        gc.collect()
+    return found
+
+
+def expect_graph(
+    graph: Graph, lowered: Graph | None, dtype: Precision, profile: Profile, multiple: int
+) -> list[Expected]:
+    """Return what the engines of one graph have to compute.
+
+    Args:
+        graph: the graph in float32.
+        lowered: the graph in the precision of the engines; None where that is float32, too.
+        dtype: precision of the engines.
+        profile: sizes of the bundle.
+        multiple: pixels of one step of the symbols ``rows`` and ``columns``.
+    """
+    own = lowered.engine() if lowered is not None else None
+    return list(expect(cases(graph, profile, multiple), graph.engine(), own, dtype))
+
+
 def parity_gate(
     bundle: Bundle,
     source: ModelSource,
+    expected: Mapping[str, Sequence[Expected]],
     backends: Sequence[str],
-    progress: Callable[[str], None],
+    progress: Progress,
     device: str | None = None,
 ) -> Parity:
     """Compare every graph of every backend with PyTorch in float32; see ``icexport.parity.compare``.
@@ -57,6 +101,7 @@ def parity_gate(
     Args:
         bundle: the bundle.
         source: the model that the bundle was made from.
+        expected: what each graph has to compute, in the order of checking; see ``expected_of``.
         backends: names of the backends to check.
         progress: told which graph is being checked.
         device: where the engines run; None: each backend's default.
@@ -64,32 +109,45 @@ def parity_gate(
     Raises:
         ParityError: an output failed; each one, the worst case and the first layer that went wrong are named.
     """
-    manifest = bundle.manifest
-    dtype, multiple = precision(manifest.dtype), size_multiple(manifest.configs["unet"], manifest.configs["vae"])
     runnable = _runnable(bundle, backends, device)
     results: Parity = {name: {} for name in dict.fromkeys((*backends, *runnable))}
     failures = []
-    for graph in split(source, REFERENCE.torch):
-        progress(f"parity {graph.name}")
-        reference = graph.engine()
-        own = graph.cast(dtype.torch).engine() if dtype.reduced else None
-        case_list = list(cases(graph, manifest.profile, multiple))
+    for graph, wanted in expected.items():
         engines = dict(runnable)
-        if bundle.graph(graph.name).plugin_file is not None:
+        if bundle.graph(graph).plugin_file is not None:
             engines[PLUGIN_GRAPH] = functools.partial(_inlined, bundle)
             results.setdefault(PLUGIN_GRAPH, {})
-        for backend in engines:
-            engine = engines[backend](graph.name)
-            found = compare(engine, reference, own, case_list, dtype)
+        progress(f"parity {graph}")
+        for index, (backend, load) in enumerate(engines.items()):
+            engine = load(graph)
+            tell = functools.partial(
+                _tell, progress, f"parity {graph}", index * len(wanted), len(engines) * len(wanted)
+            )
+            found = compare(engine, wanted, tell)
+            path = engine.path if isinstance(engine, OnnxRuntimeEngine) else None
             engine.close()
-            results[backend][graph.name] = {name: _result(output) for name, output in found.items()}
+            del engine
+            results[backend][graph] = {name: _result(output) for name, output in found.items()}
             if not all(found.values()):
-                failures.append(_explain(bundle, graph, backend, found, case_list))
-        del graph, reference, own
-        gc.collect()
+                failures.append(_Failure(graph, backend, found, path))
     if failures:
-        raise ParityError("Parity failed. " + " ".join(failures), parity_json(results))
+        texts = [_explain(bundle, source, failure, expected[failure.graph]) for failure in failures]
+        raise ParityError("Parity failed. " + " ".join(texts), parity_json(results))
     return results
+
+
+def _tell(progress: Progress, step: str, before: int, total: int, done: int) -> None:
+    progress(step, before + done, total)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Outputs of one graph on one backend, some of them wrong; and the ONNX file that ran, if one did."""
+
+    graph: str
+    backend: str
+    found: dict[str, OutputParity]
+    path: Path | None
 
 
 def _result(output: OutputParity) -> ParityResult:
@@ -144,26 +202,37 @@ def simulated(bundle: Bundle, graph: str) -> Engine:
     return SimulatedEngine(graph, model, path.parent, inputs, outputs, precision(bundle.manifest.dtype))
 
 
-def _explain(
-    bundle: Bundle,
-    graph: Graph,
-    backend: str,
-    found: Mapping[str, OutputParity],
-    case_list: list[Case],
-) -> str:
-    bad = {name: output for name, output in found.items() if not output}
+def _explain(bundle: Bundle, source: ModelSource, failure: _Failure, expected: Sequence[Expected]) -> str:
+    graph, bad = failure.graph, {name: output for name, output in failure.found.items() if not output}
     text = "; ".join(
-        f"{graph.name}.{name} on {backend}: cosine {output.cosine:.6f} (at least {MIN_COSINE}), relative error "
+        f"{graph}.{name} on {failure.backend}: cosine {output.cosine:.6f} (at least {MIN_COSINE}), relative error "
         f"{output.error:.2e} (at most {output.allowed:.2e}){'' if output.finite else ', NaN, infinite or missing'}, "
         f"worst at {output.case}"
         for name, output in bad.items()
     )
-    if backend == "onnxruntime":
+    if failure.path is not None and failure.backend != PLUGIN_GRAPH:
         worst = min(bad.values(), key=room)
-        case = next(c for c in case_list if c.name == worst.case)
-        layer = first_bad_layer(bundle.onnx(graph.name), graph, case, min(worst.allowed, COSINE_ERROR))
+        one = next(one for one in expected if one.case.name == worst.case)
+        ran = onnx.load(failure.path, load_external_data=False)
+        weights = bundle.onnx(graph).parent
+        layer = _first_bad_layer(ran, weights, _reference_graph(source, graph), one, min(worst.allowed, COSINE_ERROR))
         text += f". First layer that differs: {layer}" if layer else ". No single layer differs by more than that"
     return f"{text}."
+
+
+def _first_bad_layer(model: onnx.ModelProto, weights: Path, graph: Graph, one: Expected, allowed: float) -> str | None:
+    """Bisect what ran; with the different samples first, since all rows may need much memory."""
+    spread = one.case.spread(one.case.inputs, one.counted)
+    tries = [one.case.inputs, spread] if one.case.rows and takes_any_number(model) else [spread]
+    layers = (
+        first_bad_module(model, weights, graph, replace(one.case, inputs=inputs, rows=()), allowed) for inputs in tries
+    )
+    return next((layer for layer in layers if layer), None)
+
+
+def _reference_graph(source: ModelSource, name: str) -> Graph:
+    """Return one graph of a model in float32; those before it are loaded on the way."""
+    return next(graph for graph in split(source, REFERENCE.torch) if graph.name == name)
 
 
 def write_report(bundle: Bundle, results: Parity) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from icexport.backends.engines import built_backends, choose_backend, default_device
 from icexport.bundle.records import parity_json
 from icexport.bundle.source import recorded_source
 from icexport.bundle.store import Bundle
-from icexport.gates.parity_gate import parity_gate
+from icexport.gates.parity_gate import expected_of, parity_gate
+from icexport.models.precision import precision
+from icexport.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ def verify(
     backend: str | Sequence[str] | None = None,
     device: str | None = None,
     model: str | None = None,
-    progress: Callable[[str], None] = lambda _step: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Check every file's hash, then every engine against the model that the bundle was made from.
 
@@ -31,7 +33,7 @@ def verify(
         device: where the engines run, ``cpu``, ``cuda`` or ``cuda:<i>``; default: ``cuda`` for a backend that runs
             nowhere else, else ``cpu``. What they are compared with is always computed on the CPU.
         model: where the base model lies now, if it has moved.
-        progress: called with a short text when a step begins.
+        progress: told what is being done; see ``icexport.progress.Progress``.
 
     Returns:
         Results by backend, graph and output, as in ``reports/parity.json``.
@@ -48,4 +50,6 @@ def verify(
     names = (backend,) if isinstance(backend, str) else tuple(backend or built_backends(bundle))
     chosen = [choose_backend(bundle, name, device or default_device(bundle, name)) for name in names]
     backends = tuple(dict.fromkeys(chosen))
-    return parity_json(parity_gate(bundle, source, backends, progress, device))
+    manifest = bundle.manifest
+    expected = expected_of(source, precision(manifest.dtype), manifest.profile, progress)
+    return parity_json(parity_gate(bundle, source, expected, backends, progress, device))

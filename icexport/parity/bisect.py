@@ -27,11 +27,12 @@ _PORTION = 32
 """Layers that are compared at a time: their outputs are in memory twice."""
 
 
-def first_bad_layer(path: Path, graph: Graph, case: Case, allowed: float) -> str | None:
+def first_bad_module(model: onnx.ModelProto, folder: Path, graph: Graph, case: Case, allowed: float) -> str | None:
     """Return the path of the first module whose output differs from the float32 reference by more than ``allowed``.
 
     Args:
-        path: the ONNX file.
+        model: the ONNX graph without its weights.
+        folder: folder where its weights are.
         graph: the graph's module in float32.
         case: inputs on which parity failed.
         allowed: relative RMS error that is allowed.
@@ -39,11 +40,6 @@ def first_bad_layer(path: Path, graph: Graph, case: Case, allowed: float) -> str
     Returns:
         For instance ``unet.mid_block.resnets.0.conv1``; None if every module alone is within bounds.
     """
-    return first_bad_module(onnx.load(path, load_external_data=False), path.parent, graph, case, allowed)
-
-
-def first_bad_module(model: onnx.ModelProto, folder: Path, graph: Graph, case: Case, allowed: float) -> str | None:
-    """Return ``first_bad_layer`` for a model in memory, whose weights lie in ``folder``."""
     values = module_outputs(model)
     names = list(values)
     for start in range(0, len(names), _PORTION):

@@ -1,24 +1,24 @@
 """The parity gate: does an engine compute what the float32 PyTorch model computes?
 
-Every graph runs on seeded inputs at the sizes of ``Profile.corners``, at timesteps 1, 500 and 999, with and without
-guidance. An engine passes if no output is missing, NaN or infinite, if the cosine to the reference is at least 0.999,
-and if its error is at most ``FACTOR`` times the error that PyTorch itself makes in the same precision (but never less
-than a floor of rounding noise, since PyTorch in float32 has no error against itself). Where PyTorch in that precision
-gives no finite numbers, the floor takes the place of its error.
+Every graph runs on the seeded inputs of ``icexport.parity.cases``. An engine passes if no output is missing, NaN or
+infinite, if the cosine to the reference is at least 0.999, and if its error is at most ``FACTOR`` times the error that
+PyTorch itself makes in the same precision (but never less than a floor of rounding noise, since PyTorch in float32 has
+no error against itself). Where PyTorch in that precision gives no finite numbers, the floor takes the place of its
+error.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from engines.base import Engine
 from icexport.models.precision import Precision
-from icexport.parity.cases import Case
+from icexport.parity.cases import Case, counted
 
 MIN_COSINE = 0.999
 COSINE_ERROR = math.sqrt(2 * (1 - MIN_COSINE))
@@ -48,36 +48,92 @@ class OutputParity:
         return self.finite and self.cosine >= MIN_COSINE and self.error <= self.allowed
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What an engine has to compute in one case.
+
+    Attributes:
+        case: the inputs.
+        outputs: float32 outputs of PyTorch for the different samples of the case.
+        allowed: error that passes, for each output.
+        counted: names of the inputs and outputs whose first axis counts the samples.
+    """
+
+    case: Case
+    outputs: dict[str, Tensor]
+    allowed: dict[str, float]
+    counted: frozenset[str]
+
+    def samples(self) -> Iterator[Expected]:
+        """Yield every different sample as a case of its own."""
+        count = max((len(value) for name, value in self.case.inputs.items() if name in self.counted), default=1)
+        for index in range(count):
+            inputs, outputs = (
+                {name: value[index : index + 1] if name in self.counted else value for name, value in side.items()}
+                for side in (self.case.inputs, self.outputs)
+            )
+            name = f"{self.case.name} sample {index}" if count > 1 else self.case.name
+            yield replace(self, case=Case(name, inputs), outputs=outputs)
+
+
+def expect(
+    case_list: Iterable[Case], reference: Engine, same_dtype: Engine | None, dtype: Precision
+) -> Iterator[Expected]:
+    """Run PyTorch on every case; those that share their inputs cost one run.
+
+    Args:
+        case_list: inputs in float32; floats are cast to what each engine takes.
+        reference: PyTorch in float32.
+        same_dtype: PyTorch in the precision that is to be judged, or None where that is float32 too.
+        dtype: precision that is to be judged.
+    """
+    known: dict[int, Expected] = {}
+    names = counted((*reference.inputs, *reference.outputs))
+    for case in case_list:
+        if id(case.inputs) not in known:
+            outputs = reference(cast(case.inputs, reference))
+            own = same_dtype(cast(case.inputs, same_dtype)) if same_dtype else {}
+            errors = {name: relative_error(value, outputs[name]) for name, value in own.items()}
+            allowed = {name: _allowed(errors.get(name), dtype.floor) for name in outputs}
+            known[id(case.inputs)] = Expected(case, outputs, allowed, names)
+        yield replace(known[id(case.inputs)], case=case)
+
+
+def _allowed(yardstick: float | None, floor: float) -> float:
+    """Return the error that passes where PyTorch's own is ``yardstick``: None: not known; infinite: not finite."""
+    if yardstick is None:
+        return floor
+    return max(floor, FACTOR * (yardstick if math.isfinite(yardstick) else floor))
+
+
 def compare(
-    engine: Engine, reference: Engine, same_dtype: Engine | None, case_list: list[Case], dtype: Precision
+    engine: Engine, expected: Iterable[Expected], progress: Callable[[int], None] = lambda _done: None
 ) -> dict[str, OutputParity]:
-    """Run ``engine`` and ``reference`` on every case and keep the worst of each output.
+    """Run an engine on every case and keep the worst of each output.
 
     Args:
         engine: engine that is judged.
-        reference: PyTorch in float32.
-        same_dtype: PyTorch in the engine's precision, or None where that is float32 too.
-        case_list: inputs in float32; floats are cast to what each engine takes.
-        dtype: precision of ``engine``.
+        expected: what it has to compute.
+        progress: told how many cases are done.
     """
     worst: dict[str, OutputParity] = {}
-    for case in case_list:
-        expected = reference(cast(case.inputs, reference))
-        own = same_dtype(cast(case.inputs, same_dtype)) if same_dtype else {}
-        found = engine(cast(case.inputs, engine))
-        for name, target in expected.items():
+    for number, one in enumerate(expected, start=1):
+        case, targets = one.case, one.case.spread(one.outputs, one.counted)
+        found = engine(cast(case.spread(case.inputs, one.counted), engine))
+        for name, target in targets.items():
             value = found.get(name)
             if value is None or value.shape != target.shape:
                 value = torch.full_like(target, math.nan)
-            allowed = dtype.floor
-            if name in own:
-                yardstick = relative_error(own[name], target)
-                allowed = max(allowed, FACTOR * (yardstick if math.isfinite(yardstick) else allowed))
             seen = OutputParity(
-                cosine(value, target), relative_error(value, target), allowed, case.name, bool(value.isfinite().all())
+                cosine(value, target),
+                relative_error(value, target),
+                one.allowed[name],
+                case.name,
+                bool(value.isfinite().all()),
             )
             if name not in worst or room(seen) < room(worst[name]):
                 worst[name] = seen
+        progress(number)
     return worst
 
 

@@ -46,3 +46,9 @@ def run_session(session: onnxruntime.InferenceSession, inputs: Mapping[str, Tens
         None, {name: (t.half() if name in halves else t).numpy() for name, t in fed.items()}
     )
     return found
+
+
+def takes_any_number(model: onnx.ModelProto) -> bool:
+    """Tell whether a graph leaves the number of samples free: no input's first axis is a fixed number above 1."""
+    first = [value.type.tensor_type.shape.dim[:1] for value in model.graph.input]
+    return all(axis.dim_value <= 1 for axes in first for axis in axes)

@@ -30,7 +30,7 @@ from icexport.graphs.profile import Profile, SizeRange
 from icexport.graphs.stable_diffusion import unet_graph, vae_decoder_graph
 from icexport.models.precision import PRECISIONS
 from icexport.parity.cases import Case, cases
-from icexport.parity.compare import OutputParity, cast, compare
+from icexport.parity.compare import Expected, OutputParity, cast, compare, expect
 from icexport.parity.session import open_session, run_session
 from tests.tiny_models import TEXT_LENGTH, overflowing_unet, overflowing_vae
 
@@ -45,21 +45,26 @@ def engine_of(graph: Graph) -> TorchEngine:
     return TorchEngine(graph.name, graph.module, graph.inputs, graph.outputs)
 
 
+def expected(full: Graph, case_list: list[Case]) -> list[Expected]:
+    return list(expect(case_list, engine_of(full), None, PRECISIONS["fp16"]))
+
+
 class Treated:
     """One adversarial model: its graphs, the file as exported, and the same after ``stabilise``."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.half, self.full = (MAKERS[name](dtype) for dtype in (torch.float16, torch.float32))
-        self.cases = list(cases(self.full, PROFILE, 1))[:4]
+        self.cases = list(cases(self.full, PROFILE, 1))
         self.plain, self.path = (folder / kind / f"{name}.onnx" for kind in ("plain", "mixed"))
         self.plain.parent.mkdir(parents=True)
         export_graph(self.half, self.plain, PROFILE.symbols(1))
         shutil.copytree(self.plain.parent, self.path.parent)
-        self.islands = mixed.stabilise(self.path, self.full, self.cases, PRECISIONS["fp16"])
+        self.islands = mixed.stabilise(self.path, self.full, expected(self.full, self.cases), PRECISIONS["fp16"])
 
     def parity(self, path: Path) -> dict[str, OutputParity]:
         engine = OnnxRuntimeEngine(self.full.name, path)
-        return compare(engine, engine_of(self.full), engine_of(self.half), self.cases, PRECISIONS["fp16"])
+        wanted = expect(self.cases, engine_of(self.full), engine_of(self.half), PRECISIONS["fp16"])
+        return compare(engine, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +174,7 @@ def test_the_file_is_valid(name: str, request: pytest.FixtureRequest) -> None:
 def test_the_same_input_gives_the_same_bytes(unet: Treated, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(unet.plain.parent, tmp_path / "copy"))
 
-    islands = mixed.stabilise(folder / "unet.onnx", unet.full, unet.cases, PRECISIONS["fp16"])
+    islands = mixed.stabilise(folder / "unet.onnx", unet.full, expected(unet.full, unet.cases), PRECISIONS["fp16"])
 
     assert islands == unet.islands
     assert contents(folder) == contents(unet.path.parent)
@@ -240,14 +245,14 @@ def test_a_module_that_loses_its_digits_is_moved(tmp_path: Path, caplog: pytest.
     path, cases = exported(full, tmp_path)
 
     with caplog.at_level(logging.WARNING):
-        islands = mixed.stabilise(path, full, cases, PRECISIONS["fp16"])
+        islands = mixed.stabilise(path, full, expected(full, cases), PRECISIONS["fp16"])
 
     assert {island.reason for island in islands} == {"parity"}
     assert {island.tensor for island in islands} == {"y"}
     assert [island.scope for island in islands] == ["net.1.0", "net.1.1", "net.1.2"]
     assert all(island.measured is not None and island.measured > 0.01 for island in islands)
     engine = OnnxRuntimeEngine("net", path)
-    assert compare(engine, engine_of(full), None, cases, PRECISIONS["fp16"])["y"]
+    assert compare(engine, expected(full, cases))["y"]
     assert "net.y: error 0.9" in caplog.text
     assert "first in 'net.1.2'" in caplog.text
 
@@ -259,7 +264,7 @@ def test_what_cannot_be_mended_stays_as_it_is(tmp_path: Path, caplog: pytest.Log
     full.module.get_parameter("net.0.weight").neg_()
     before = contents(tmp_path)
 
-    assert mixed.stabilise(path, full, cases, PRECISIONS["fp16"]) == []
+    assert mixed.stabilise(path, full, expected(full, cases), PRECISIONS["fp16"]) == []
 
     assert contents(tmp_path) == before
     assert "do not bring parity" in caplog.text
@@ -273,7 +278,7 @@ def test_a_weight_that_float16_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"'net' has weights above 65504.*net\.0\.weight\. Build with --dtype bf16 or fp32"
     ):
-        mixed.stabilise(path, full, cases, PRECISIONS["fp16"])
+        mixed.stabilise(path, full, expected(full, cases), PRECISIONS["fp16"])
 
 
 def test_an_output_that_float16_cannot_hold(tmp_path: Path) -> None:
@@ -282,7 +287,7 @@ def test_an_output_that_float16_cannot_hold(tmp_path: Path) -> None:
     path, cases = exported(full, tmp_path)
 
     with pytest.raises(ExportError, match=r"Outputs of the graph 'net' exceed 65504.*y \(2\.\de\+05\).*--dtype bf16"):
-        mixed.stabilise(path, full, cases, PRECISIONS["fp16"])
+        mixed.stabilise(path, full, expected(full, cases), PRECISIONS["fp16"])
 
 
 def small_model() -> onnx.ModelProto:

@@ -85,7 +85,7 @@ def test_one_build(
 
     weights = {"unet", "vae", "text_encoder", "controlnet-canny", "probe-canny"}
     if "dtype" not in options:  # the torch engines have folders of their own
-        assert {name: loads[name] for name in weights} == dict.fromkeys(weights, 2)
+        assert {name: loads[name] for name in weights} == dict.fromkeys(weights, 1)
     assert max(loads.values()) <= 2
     assert {path for path, count in reads.items() if count > 1} == set()
     # The files of the store are those of the bundle by other names, apart from its own notes.

@@ -21,10 +21,11 @@ from icexport.bundle.records import EngineEntry
 from icexport.bundle.store import Bundle
 from icexport.errors import ExportError
 from icexport.gates import parity_gate as parity_gate_module
-from icexport.gates.parity_gate import PLUGIN_GRAPH, parity_gate
+from icexport.gates.parity_gate import PLUGIN_GRAPH, expected_of, parity_gate
 from icexport.graphs.graph import Graph
 from icexport.graphs.split import split
 from icexport.models.loading import ModelSource
+from icexport.models.precision import precision
 from icexport.progress import silent
 
 
@@ -50,7 +51,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(TensorRt, "target", lambda *_: "NVIDIA L4 sm_89")
     monkeypatch.setattr(bundle_writer, "split", few)
     monkeypatch.setattr(parity_gate_module, "split", few)
-    monkeypatch.setattr(bundle_writer, "real_cases", lambda *_: {"probe": [], "vae_decoder": []})
+    monkeypatch.setattr(bundle_writer, "real_cases", lambda *_, **__: {"probe": [], "vae_decoder": []})
     return noted
 
 
@@ -73,7 +74,8 @@ def test_the_probe_has_a_graph_with_plugins_and_its_twin(
     assert bundle.manifest.graphs["probe"].plugin_file == "graphs/probe.plugins.onnx"
     twin = onnx.load(bundle.onnx("probe"), load_external_data=False)
     assert {node.domain for node in twin.graph.node} == {""}
-    results = parity_gate(bundle, spec.source, spec.backends, silent)
+    expected = expected_of(spec.source, precision("fp32"), spec.profile, silent)
+    results = parity_gate(bundle, spec.source, expected, spec.backends, silent)
     assert results["tensorrt"] == {}
     assert all(output.passed for output in results[PLUGIN_GRAPH]["probe"].values())
     assert all(output.passed for graph in results["onnxruntime"].values() for output in graph.values())

@@ -24,7 +24,7 @@ from icexport.models.loading import ModelSource
 from icexport.models.precision import PRECISIONS
 from icexport.models.probe import InnerControlProbe
 from icexport.parity.cases import cases
-from icexport.parity.compare import compare, relative_error
+from icexport.parity.compare import compare, expect, relative_error
 from tests.tiny_models import tiny_probe, tiny_unet
 
 PROFILE = Profile(SizeRange(1, 1, 2), SizeRange(16, 16, 16), SizeRange(16, 16, 16))
@@ -138,7 +138,7 @@ def test_fp16(tiny_model: Path, tmp_path: Path) -> None:
     engine = OnnxRuntimeEngine("vae_decoder", path)
     assert {spec.dtype for spec in (*engine.inputs, *engine.outputs)} == {torch.float16}
     reference, own = (TorchEngine(g.name, g.module, g.inputs, g.outputs) for g in (full, half))
-    found = compare(engine, reference, own, list(cases(full, PROFILE, 4)), PRECISIONS["fp16"])["pixels"]
+    found = compare(engine, expect(cases(full, PROFILE, 4), reference, own, PRECISIONS["fp16"]))["pixels"]
     assert found
     assert 1e-5 < found.error < 0.02, "float16 must differ from float32, but little"
 

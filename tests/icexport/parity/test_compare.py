@@ -20,6 +20,7 @@ from icexport.parity.compare import (
     OutputParity,
     compare,
     cosine,
+    expect,
     relative_error,
     room,
 )
@@ -49,7 +50,13 @@ class Engine:
 
 
 def judge(engine: Engine, own: Engine | None = None, dtype: str = "fp32") -> OutputParity:
-    return compare(engine, Engine(), own, CASES, PRECISIONS[dtype])["y"]
+    return against(Engine(), engine, own, dtype)["y"]
+
+
+def against(
+    reference: Engine, engine: Engine, own: Engine | None = None, dtype: str = "fp32", cases: list[Case] = CASES
+) -> dict[str, OutputParity]:
+    return compare(engine, expect(cases, reference, own, PRECISIONS[dtype]))
 
 
 def test_equal_engines_pass() -> None:
@@ -135,7 +142,7 @@ class Pair(Engine):
 @pytest.mark.parametrize("wrong", ["left", "right"])
 @pytest.mark.parametrize("names", [("left", "right"), ("right", "left")])
 def test_each_output_is_judged_by_itself(names: tuple[str, str], wrong: str) -> None:
-    found = compare(Pair(names, **{wrong: (1.5, 1.5)}), Pair(names), None, CASES, PRECISIONS["fp32"])
+    found = against(Pair(names), Pair(names, **{wrong: (1.5, 1.5)}))
 
     assert {name for name, parity in found.items() if not parity} == {wrong}
     assert {name: parity.error for name, parity in found.items()} == {
@@ -148,7 +155,7 @@ def test_each_output_is_judged_by_itself(names: tuple[str, str], wrong: str) -> 
 def test_each_output_has_a_worst_case_of_its_own(names: tuple[str, str], reverse: bool) -> None:
     engine = Pair(names, left=(1.2, 1.1), right=(1.3, 1.4))
 
-    found = compare(engine, Pair(names), None, CASES[::-1] if reverse else CASES, PRECISIONS["fp32"])
+    found = against(Pair(names), engine, cases=CASES[::-1] if reverse else CASES)
 
     assert {name: (parity.case, round(parity.error, 4)) for name, parity in found.items()} == {
         "left": ("first", 0.2),
@@ -161,7 +168,7 @@ def test_each_output_has_an_allowance_of_its_own(names: tuple[str, str]) -> None
     own = Pair(names, left=(1.01, 1.01))
     engine = Pair(names, left=(1.03, 1.03), right=(1.03, 1.03))
 
-    found = compare(engine, Pair(names), own, CASES, PRECISIONS["fp16"])
+    found = against(Pair(names), engine, own, "fp16")
 
     assert found["left"]
     assert not found["right"]
@@ -173,7 +180,7 @@ def test_outputs_of_another_order_or_with_more_among_them_are_matched_by_name() 
     reference = Pair(left=(1.0, 1.0), right=(2.0, 2.0))
     engine = Pair(("more", "right", "left"), left=(1.0, 1.0), right=(2.0, 2.0))
 
-    found = compare(engine, reference, None, CASES, PRECISIONS["fp32"])
+    found = against(reference, engine)
 
     assert found.keys() == {"left", "right"}
     assert all(found.values())
@@ -202,7 +209,7 @@ def test_room_orders_outputs_from_worst_to_best() -> None:
 def test_a_case_without_numbers_is_the_worst_of_all(reverse: bool) -> None:
     engine = Pair(left=(100.0, math.nan), right=(math.inf, 100.0))
 
-    found = compare(engine, Pair(), None, CASES[::-1] if reverse else CASES, PRECISIONS["fp32"])
+    found = against(Pair(), engine, cases=CASES[::-1] if reverse else CASES)
 
     assert {name: (parity.case, parity.finite) for name, parity in found.items()} == {
         "left": ("second", False),
@@ -248,15 +255,96 @@ def test_cases_of_the_unet() -> None:
 
     found = list(cases(graph, PROFILE, 4))
 
-    assert len({case.name for case in found}) == len(found) == 3 * 2 * 3  # sizes, guidance, timesteps
+    assert [(case.name, len(case.rows) or len(case.inputs["sample"])) for case in found] == [
+        ("1x16x16 guided t=500", 2),
+        ("1x16x16 t=1", 1),
+        ("1x16x16 t=999", 1),
+        ("1x16x32 guided t=500", 2),
+        ("4x32x32 guided t=500", 8),
+    ]
     assert {float(case.inputs["timestep"]) for case in found} == {1.0, 500.0, 999.0}
-    assert {tuple(case.inputs["sample"].shape) for case in found} == {
-        (batch, 4, height // 2, width // 2)
-        for pictures, height, width in [(1, 16, 16), (4, 32, 32), (1, 16, 32)]
-        for batch in (pictures, 2 * pictures)
-    }
+    assert [tuple(case.inputs["sample"].shape) for case in found] == [
+        (2, 4, 8, 8),
+        (1, 4, 8, 8),
+        (1, 4, 8, 8),
+        (2, 4, 8, 16),
+        (2, 4, 16, 16),
+    ]
     again = next(cases(graph, PROFILE, 4))
     assert all(torch.equal(value, again.inputs[name]) for name, value in found[0].inputs.items())
+
+
+def test_a_large_batch_of_the_smallest_size_costs_the_reference_nothing() -> None:
+    graph = unet_graph(tiny_unet(), TEXT_LENGTH, None, torch.float32)
+    size = SizeRange(16, 16, 16)
+
+    first, *_, last = cases(graph, Profile(SizeRange(1, 1, 4), size, size), 4)
+
+    assert last.inputs is first.inputs
+    assert last.rows == (0, 1, 1, 0, 1, 0, 0, 1)
+    seen = []
+    reference = graph.engine()
+    module = reference._module
+    reference._module = lambda *tensors: seen.append(tensors) or module(*tensors)
+    one, many = expect([first, last], reference, None, PRECISIONS["fp32"])
+    assert len(seen) == 1
+    assert many.outputs is one.outputs
+    # What the reference would have computed, had it got all rows.
+    whole = graph.engine()(last.spread(last.inputs, many.counted))
+    assert all(relative_error(whole[n], value) < 1e-5 for n, value in last.spread(many.outputs, many.counted).items())
+
+
+def test_a_fixed_batch_has_two_different_samples() -> None:
+    graph = unet_graph(tiny_unet(), TEXT_LENGTH, None, torch.float32)
+    size = SizeRange(16, 16, 16)
+
+    found = list(cases(graph, Profile(SizeRange(3, 3, 3), size, size), 4))
+
+    assert [(case.name, len(case.rows), len(case.inputs["sample"])) for case in found] == [
+        ("3x16x16 guided t=500", 6, 2),
+        ("3x16x16 t=1", 3, 2),
+        ("3x16x16 t=999", 3, 2),
+    ]
+
+
+class Rows(Engine):
+    """As many rows as it gets; ``spoil`` changes what comes out."""
+
+    def __init__(self, spoil: object = None) -> None:
+        super().__init__(2.0, spoil=spoil)
+        self.inputs = (TensorSpec("x", torch.float32, ("samples", 2)),)
+        self.outputs = (TensorSpec("y", torch.float32, ("samples", 2)),)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda out: {"y": out["y"][:1].expand(len(out["y"]), -1)},
+        lambda out: {"y": out["y"].roll(1, 0)},
+        lambda out: {"y": out["y"].flip(0).roll(1, 0)},
+        lambda out: {"y": torch.cat([out["y"][:2], out["y"][:2].repeat(3, 1)])},
+        lambda out: {"y": out["y"].mean(0, keepdim=True).expand(len(out["y"]), -1)},
+        lambda out: {"y": torch.cat([out["y"][:-1], torch.zeros(1, 2)])},
+    ],
+    ids=["the first everywhere", "shifted", "reversed", "every other one", "mixed", "the last missing"],
+)
+def test_rows_in_a_wrong_place_fail(spoil: object) -> None:
+    case = Case("many", {"x": torch.tensor([[1.0, 2.0], [-3.0, 1.0]])}, (0, 1, 1, 0, 1, 0, 0, 1))
+
+    assert against(Rows(), Rows(), cases=[case])["y"]
+    assert not against(Rows(), Rows(spoil), cases=[case])["y"]
+
+
+def test_samples_one_by_one() -> None:
+    case = Case("two", {"x": torch.tensor([[1.0, 2.0], [-3.0, 1.0]])}, (0, 1, 1))
+    (both,) = expect([case], Rows(), None, PRECISIONS["fp32"])
+
+    found = list(both.samples())
+
+    assert [one.case.name for one in found] == ["two sample 0", "two sample 1"]
+    assert [one.case.inputs["x"].tolist() for one in found] == [[[1.0, 2.0]], [[-3.0, 1.0]]]
+    assert [one.outputs["y"].tolist() for one in found] == [[[2.0, 4.0]], [[-6.0, 2.0]]]
+    assert {one.case.rows for one in found} == {()}
 
 
 def test_cases_without_time_and_guidance(tiny_model) -> None:
@@ -264,7 +352,8 @@ def test_cases_without_time_and_guidance(tiny_model) -> None:
 
     found = list(cases(vae_decoder_graph(vae, 2, torch.float32), PROFILE, 4))
 
-    assert [case.name for case in found] == ["1x16x16", "4x32x32", "1x16x32"]
+    assert [case.name for case in found] == ["1x16x16", "1x16x32", "4x32x32"]
+    assert found[-1].rows == (0, 1, 1, 0)
 
 
 def test_nan_in_the_model_itself_fails() -> None:
@@ -278,4 +367,4 @@ def test_nan_in_the_model_itself_fails() -> None:
     graph = Graph("g", Broken(), (spec,), (TensorSpec("y", torch.float32, (2,)),))
     reference = TorchEngine("g", graph.module, graph.inputs, graph.outputs)
 
-    assert not compare(reference, reference, None, CASES, PRECISIONS["fp32"])["y"]
+    assert not against(reference, reference)["y"]
