@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.export_size import GRAPHS, VAE_CONFIG, sd15_graph, sd15_unet_config
+from benchmarks.sd15 import GRAPHS, VAE_CONFIG, sd15_graph, sd15_unet_config
 from engines.tensorrt.plan import PlanRequest
 from engines.tensorrt.worker import build
 from icexport.backends.plans import optimisation_profiles

@@ -12,12 +12,12 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks.export_size import VAE_CONFIG, sd15_graph, sd15_unet, sd15_unet_config
 from benchmarks.gpu import measure
 from benchmarks.gpu.measure import at_most
 from benchmarks.gpu.models import need
 from benchmarks.gpu.report import Context, Report
 from benchmarks.gpu.timing import Bench
+from benchmarks.sd15 import VAE_CONFIG, fill_zeros, sd15_graph, sd15_unet, sd15_unet_config
 from engines.base import Engine
 from engines.kernels import SPECS
 from engines.kernels.spec import Case
@@ -77,10 +77,7 @@ def make_models(context: Context) -> Models:
         unet = sd15_unet() if context.cuda else _tiny_unet()
         embedding = {} if context.cuda else {"conditioning_embedding_out_channels": (8, 16)}
         controlnet = ControlNetModel.from_unet(unet, load_weights_from_unet=False, **embedding)
-    with torch.no_grad():
-        for parameter in controlnet.parameters():
-            if not parameter.any():  # zero convolutions would make an easy job of everything behind them
-                parameter.normal_(std=0.02)
+    fill_zeros(controlnet)
     unet, controlnet = unet.to(dtype).eval(), controlnet.to(dtype).eval()
     factor = 8 if context.cuda else 2
     made = (
