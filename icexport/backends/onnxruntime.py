@@ -37,7 +37,7 @@ class OnnxRuntime(Backend):
 
     def make(self, request: EngineRequest, made: Made) -> EngineEntry:
         """Write the graph with every attention as one node, if it has any; see ``Backend.make``."""
-        from icexport.export.attention import fuse_attention
+        from engines.attention import fuse_attention
 
         path = request.folder / "engines" / made.key / f"{request.graph}.onnx"
         report = {"fused_attentions": fuse_attention(made.onnx, path)}

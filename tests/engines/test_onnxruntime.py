@@ -200,12 +200,12 @@ def test_no_fallback_when_the_cuda_provider_does_not_start(tmp_path: Path, monke
     import onnxruntime
 
     class CpuOnlySession(onnxruntime.InferenceSession):  # what a wheel without its CUDA libraries does
-        def __init__(self, path: str, options: object, **_: object) -> None:
-            super().__init__(path, options, providers=["CPUExecutionProvider"])
+        def __init__(self, model: str, options: object, **_: object) -> None:
+            super().__init__(model, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", CpuOnlySession)
     with pytest.raises(BackendUnavailableError, match="could not be started"):
-        backend._open_session(save(SCALER, tmp_path / "scaler.onnx"), torch.device("cuda:0"), None)
+        backend._open_session(save(SCALER, tmp_path / "scaler.onnx"), tmp_path, torch.device("cuda:0"), None)
 
 
 @pytest.mark.parametrize(("torch_cuda", "devices"), [(True, ("cpu", "cuda")), (False, ("cpu",))])

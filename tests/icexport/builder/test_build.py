@@ -236,4 +236,5 @@ def test_a_probeless_bundle(dynamic_bundle: Path) -> None:
     assert list(manifest.graphs) == ["text_encoder", "controlnet", "unet", "vae_decoder"]
     assert [output.name for output in manifest.graphs["unet"].outputs] == ["noise_pred", "time_embedding"]
     assert "probe" not in manifest.configs
-    assert not (dynamic_bundle / "engines").exists()
+    engines = sorted(path.name for path in dynamic_bundle.glob("engines/*/*"))
+    assert engines == ["controlnet.onnx", "unet.onnx", "vae_decoder.onnx"], "attention as one node; no weights"

@@ -93,7 +93,7 @@ def test_it_draws_what_the_others_draw(bundle: Path, tiny_bundle: Path) -> None:
         options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
         generator = torch.Generator().manual_seed(0)
         pictures.append(pipe("a", torch.zeros(1, 3, 16, 16), generator=generator, **options).images)
-    assert torch.equal(*pictures)
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-4)  # the toy runs attention as it was exported
 
 
 def test_the_command_line_knows_it(
