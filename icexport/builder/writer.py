@@ -34,7 +34,7 @@ from icexport.models.probe import CONFIG_NAME, WEIGHTS_NAME
 from icexport.models.sizes import size_multiple
 from icexport.parity.cases import Case, cases
 from icexport.parity.compare import FACTOR, MIN_COSINE
-from icexport.parity.real_cases import real_cases
+from icexport.parity.real_cases import DRAWING, real_cases
 from icexport.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class _Writer:
                 engines |= make_engine(backend, self._request(graph.name, entry, lowered))
             del graph, lowered
             gc.collect()
+        self._progress("hash the files")
         # Only now: the models are out of memory, which a builder needs for itself.
         for backend in (b for b in backends if not b.from_module):
             for name, entry in entries.items():
@@ -108,9 +109,9 @@ class _Writer:
         if not self._precision.overflows:
             # Not a loop, whose variable would hold a graph while the next one is loaded.
             return map(lambda graph: (graph, None), split(spec.source, self._precision.torch))  # noqa: C417
-        self._progress("draw a picture for its activations")
+        self._progress(DRAWING)
         held = {graph.name: graph for graph in split(spec.source, REFERENCE.torch)}  # the picture needs all at once
-        real = real_cases(list(held.values()), spec.source, spec.profile)
+        real = real_cases(list(held.values()), spec.source, spec.profile, self._progress)
         return map(lambda name: (held.pop(name), real.pop(name)), list(held))  # noqa: C417
 
     def _request(self, name: str, entry: GraphEntry, module: Graph | None = None) -> EngineRequest:

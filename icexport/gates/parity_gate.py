@@ -30,6 +30,7 @@ from icexport.parity.bisect import first_bad_layer
 from icexport.parity.cases import Case, cases
 from icexport.parity.compare import COSINE_ERROR, MIN_COSINE, OutputParity, compare, room
 from icexport.parity.simulation import SimulatedEngine
+from icexport.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def parity_gate(
     bundle: Bundle,
     source: ModelSource,
     backends: Sequence[str],
-    progress: Callable[[str], None],
+    progress: Progress,
     device: str | None = None,
 ) -> Parity:
     """Compare every graph of every backend with PyTorch in float32; see ``icexport.parity.compare``.

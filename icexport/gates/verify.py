@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from icexport.backends.engines import built_backends, choose_backend, default_device
@@ -11,6 +11,7 @@ from icexport.bundle.records import parity_json
 from icexport.bundle.source import recorded_source
 from icexport.bundle.store import Bundle
 from icexport.gates.parity_gate import parity_gate
+from icexport.progress import Progress, expect, silent
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def verify(
     backend: str | Sequence[str] | None = None,
     device: str | None = None,
     model: str | None = None,
-    progress: Callable[[str], None] = lambda _step: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Check every file's hash, then every engine against the model that the bundle was made from.
 
@@ -31,7 +32,7 @@ def verify(
         device: where the engines run, ``cpu``, ``cuda`` or ``cuda:<i>``; default: ``cuda`` for a backend that runs
             nowhere else, else ``cpu``. What they are compared with is always computed on the CPU.
         model: where the base model lies now, if it has moved.
-        progress: called with a short text when a step begins.
+        progress: told what is being done; see ``icexport.progress.Progress``.
 
     Returns:
         Results by backend, graph and output, as in ``reports/parity.json``.
@@ -42,6 +43,7 @@ def verify(
         ParityError: an engine does not match; the results are its ``results``.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    expect(progress, 1 + len(bundle.manifest.graphs))
     progress("check the files")
     bundle.verify()
     source = recorded_source(bundle, model)

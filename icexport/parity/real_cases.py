@@ -23,16 +23,24 @@ from icexport.host.pictures import to_pixels
 from icexport.models.loading import ModelSource
 from icexport.models.sizes import residual_channels, vae_factor
 from icexport.parity.cases import Case
+from icexport.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
 PROMPT = "a red house under a blue sky"
 STEPS = 4
 GUIDANCE = 5.0
+DRAWING = "draw a picture for its activations"
+"""What ``progress`` is told."""
 
 
 def real_cases(
-    graphs: Sequence[Graph], source: ModelSource, profile: Profile, steps: int = STEPS
+    graphs: Sequence[Graph],
+    source: ModelSource,
+    profile: Profile,
+    progress: Progress = silent,
+    *,
+    steps: int = STEPS,
 ) -> dict[str, list[Case]]:
     """Draw one picture with PyTorch in float32, with guidance, and keep the inputs of every graph.
 
@@ -40,6 +48,7 @@ def real_cases(
         graphs: all graphs of the model, in float32.
         source: the model.
         profile: sizes of a bundle; pictures have its usual size, and there are as few as it allows.
+        progress: told after every step.
         steps: number of denoising steps.
 
     Returns:
@@ -79,6 +88,7 @@ def real_cases(
             run("probe", step, taps)
         free, prompted = output["noise_pred"].chunk(2)
         latents = scheduler.step(free + GUIDANCE * (prompted - free), time, latents).prev_sample
+        progress(DRAWING, number, steps)
     run("vae_decoder", "real picture", {"latents": latents / vae["scaling_factor"]})
     return found
 
