@@ -89,6 +89,7 @@ class OnnxRuntimeEngine:
         self.inputs = tuple(_spec(node, self.path) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node, self.path) for node in self._session.get_outputs())
         self._dtypes = {spec.name: spec.dtype for spec in self.outputs}
+        self._run_options = _run_options(self.device)
         self._shapes: dict[tuple[torch.Size, ...], dict[str, torch.Size]] = {}
 
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -119,7 +120,7 @@ class OnnxRuntimeEngine:
             # ONNX Runtime works on a stream of its own: what torch still has queued for the bound memory comes first.
             torch.cuda.current_stream(self.device).synchronize()
         try:
-            session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # the exceptions of ONNX Runtime have no base class of their own
             raise EngineError(f"graph {self.name!r} ({self.path}) failed in ONNX Runtime: {error}") from error
 
@@ -143,6 +144,8 @@ def _open_session(path: Path, weights: Path, device: torch.device, threads: int 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_ERRORS_ONLY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # One block for all tensors of a call would be there beside what the first call, which learns its size, leaves.
+    options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     model: str | bytes = str(path)
@@ -169,6 +172,16 @@ def _open_session(path: Path, weights: Path, device: torch.device, threads: int 
             "version: install the onnxruntime-gpu that matches torch's CUDA version, or use device 'cpu'."
         )
     return session
+
+
+def _run_options(device: torch.device) -> Any:
+    """Let go of a call's memory at its end: the next call is another graph's, or has another size."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    if device.type == "cpu":
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _spec(node: Any, path: Path) -> TensorSpec:

@@ -19,6 +19,7 @@ from icexport.models.probe import InnerControlProbe
 from training.config import ControlNetRun, ModelConfig, ProbeOptions, ProbeRun
 from training.data.config import DataConfig
 from training.data.loading import open_data
+from training.loop.log import underway
 from training.loop.processes import make_accelerator
 from training.loop.task import Task
 from training.loop.trainer import train
@@ -75,7 +76,8 @@ def train_controlnet(
     probe, probe_origin = _aligning_probe(run) if run.loss.beta else (None, "none")
     validation = None
     if run.training.validate_every:
-        pictures = first_pictures(_of(data, run.validation.data), models, run.condition, run.validation.count)
+        with underway(logger, "Reading pictures for validation"):
+            pictures = first_pictures(_of(data, run.validation.data), models, run.condition, run.validation.count)
         validation = Validation(models, run.condition, pictures, run.validation)
     task = ControlNetTask(
         controlnet,
@@ -126,7 +128,8 @@ def train_probe(run: ProbeRun, output: Path, *, resume: bool = True, dry_run: bo
     if document is None or dry_run:
         return document
     if run.probe.leak_pictures:
-        document["leak"] = _leak(setup, run.probe, controlnet)
+        with underway(logger, "Leak test"):
+            document["leak"] = _leak(setup, run.probe, controlnet)
     command = ["train", "controlnet", "--cond", run.model.cond, "--probe", document["probe"]]
     if isinstance(data.source, str):
         command += ["--data", data.source]
@@ -140,7 +143,8 @@ def _begin(run: ControlNetRun | ProbeRun, output: Path) -> _Setup:
         for name in ("icexport", "training"):
             logging.getLogger(name).setLevel(logging.ERROR)
     torch.manual_seed(run.training.seed)  # for networks that start from nothing
-    models, data = load_base(run.model.base, DTYPES[run.training.precision]), run.data
+    with underway(logger, f"Loading the base model {run.model.base}"):
+        models, data = load_base(run.model.base, DTYPES[run.training.precision]), run.data
     if run.own_size and models.size is not None:
         data = replace(data, resolution=models.size)
     if wrong := [side for side in data.size if side % models.multiple]:
@@ -227,14 +231,15 @@ def _announce(task: Task, setup: _Setup, what: str, detail: str) -> None:
 def _train(task: Task, setup: _Setup, resume: bool, dry_run: bool) -> dict[str, Any] | None:
     """Train ``task``; return what to tell of it, on the first process."""
     run, accelerator, output = setup.run, setup.accelerator, setup.output
-    batches = open_data(
-        setup.data,
-        setup.models.tokenize,
-        run.training.batch_size,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-        seed=run.training.seed,
-    )
+    with underway(logger, "Opening the data"):
+        batches = open_data(
+            setup.data,
+            setup.models.tokenize,
+            run.training.batch_size,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+            seed=run.training.seed,
+        )
     if dry_run:
         first_pictures(setup.data, setup.models, run.condition, 1)
         return {"dry_run": "everything fits; nothing was trained"} if accelerator.is_main_process else None

@@ -56,6 +56,7 @@ def all_stages(size: str, build_options: Sequence[str] = ()) -> list[Stage]:
             Stage(f"hit-{dtype}", command, made),
             Stage(f"verify-{dtype}", ("-m", "icexport", "verify", bundle), made),
             Stage(f"generate-{dtype}", _generate(bundle, control, f"generate-{dtype}"), made),
+            Stage(f"low-{dtype}", (*_generate(bundle, control, f"low-{dtype}"), "--low-memory"), made),
             Stage(f"steps-{dtype}", _draw("bundle", bundle, control, f"steps-{dtype}"), made),
         ]
     for dtype in ("fp32", "bf16"):

@@ -29,6 +29,7 @@ from icexport.fidelity.metrics import psnr
 from icexport.graphs.profile import SizeRange
 from icexport.host.versions import machine
 from icexport.models.precision import precision
+from icexport.progress import Progress, expect, silent
 from icexport.runtime.drawing import Request, draw
 from icexport.runtime.eager import load_eager
 from icexport.runtime.pipeline import InnerControlPipeline
@@ -159,7 +160,7 @@ def run_latency(
     device: str | None = None,
     cuda_graph: bool = False,
     baseline: bool = True,
-    progress: Callable[[str], None] = lambda _step: None,
+    progress: Progress = silent,
 ) -> LatencyReport:
     """Measure whole calls, prompt to pictures, guidance 7.5, no fidelity check inside the clock.
 
@@ -174,7 +175,7 @@ def run_latency(
         device: ``cpu``, ``cuda`` or ``cuda:<i>``; None: as in ``InnerControlPipeline.from_pretrained``.
         cuda_graph: launch each step of our pipelines as one CUDA graph.
         baseline: also run diffusers eager on the model that the bundle was made from.
-        progress: called with a short text when a part begins.
+        progress: told what is being done; see ``icexport.progress.Progress``.
 
     Raises:
         UsageError: a count is below 1, or the batch is outside the profile.
@@ -201,7 +202,9 @@ def run_latency(
     def call(name: str, callback: Callable[..., dict[str, Tensor]] | None = None) -> Tensor:
         return draw(pipes[name], control, request, calls=SizeRange(batch, batch, batch), callback=callback).pictures
 
-    for name in [BASELINE, *names] if baseline else names:
+    timed = [BASELINE, *names] if baseline else names
+    expect(progress, len(timed) + 2)
+    for name in timed:
         progress(f"load {name}")
         gc.collect()
         before, started = _memory(device), time.perf_counter()
@@ -218,16 +221,16 @@ def run_latency(
         memory[name] = _memory(device) - before
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
     for turn in range(warmup + iterations):
-        progress(f"round {turn + 1} of {warmup + iterations}")
-        for name in pipes:
+        for place, name in enumerate(pipes):
+            progress("measure", turn * len(pipes) + place, (warmup + iterations) * len(pipes))
             started = time.perf_counter()
             call(name)  # ends with a copy to the host, which waits for the device
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - started)
-    progress("single steps")
     condition = bundle.condition()
-    providers = []
+    providers: list[ProviderLatency] = []
     for name, times in seconds.items():
+        progress("time single steps", len(providers), len(seconds))
         ordered = sorted(times)
         same = psnr(pictures[name], pictures[BASELINE]) if baseline and name != BASELINE else None
         providers.append(

@@ -15,7 +15,7 @@ from icexport.bundle.store import Bundle, writing
 from icexport.errors import BundleError, DamagedBundleError, SchemaError
 from icexport.models.loading import REFERENCE, ModelSource
 from icexport.models.precision import precision
-from icexport.progress import Progress, silent
+from icexport.progress import Progress, expect, silent
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def build(
         check_hashes: before saying that an identical bundle is there, read every file of it and of the model; by
             default, those whose size and time are as recorded are taken to be unchanged.
         verify: run the parity gate.
-        progress: told what is being done.
+        progress: told what is being done; see ``icexport.progress.Progress``.
 
     Returns:
         The bundle; if an identical one was there and is intact, that one, untouched.
@@ -103,6 +103,9 @@ def build(
     earlier = None if force else _earlier(folder)
     if earlier is not None and not check_hashes:
         _know_unchanged(earlier, spec.source)
+    expect(progress, _steps(spec))
+    if earlier is None:
+        progress("check the model")  # hashing it takes a while; a cache hit, which hashes it, too, begins no step
     key = spec.key()
     if earlier is not None and _is_intact(earlier, key):
         logger.info("%s is up to date (key %s); nothing to do", folder, key[:12])
@@ -126,6 +129,15 @@ def build(
     if any(table.get(name).stores for name in spec.backends):
         store.register(folder)
     return Bundle(folder)
+
+
+def _steps(spec: BuildSpec) -> int:
+    """Count the steps that a build tells of, apart from what its backends do beyond plans."""
+    graphs = len(spec.source.family.graph_names) - (spec.source.probe_folder is None)
+    ranges = precision(spec.dtype).overflows
+    plans = sum(table.get(name).stores for name in spec.backends)
+    # Model, picture and hashes come once; export, reference, float16 range, plans and parity for each graph.
+    return 2 + ranges + graphs * (1 + (ranges or spec.verify) + ranges + plans + spec.verify)
 
 
 def _earlier(folder: Path) -> Bundle | None:

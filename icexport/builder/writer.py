@@ -88,6 +88,7 @@ class _Writer:
                 engines |= make_engine(backend, self._request(graph.name, entry, module))
             del graph, module, real
             gc.collect()
+        self._progress("hash the files")
         # Only now: the models are out of memory, which a builder needs for itself.
         for backend in (b for b in backends if not b.from_module):
             for name, entry in entries.items():
@@ -119,14 +120,14 @@ class _Writer:
             # Not a loop, whose variable would hold a graph while the next one is loaded.
             return map(lambda graph: (graph, None), split(spec.source, dtype))  # noqa: C417
         held = {graph.name: graph for graph in split(spec.source, REFERENCE.torch)}  # the picture needs all at once
-        real = real_cases(list(held.values()), spec.source, spec.profile, progress=self._progress)
+        real = real_cases(list(held.values()), spec.source, spec.profile, self._progress)
         return map(lambda name: (held.pop(name), real.pop(name)), list(held))  # noqa: C417
 
     def _expect(self, graph: Graph, lowered: Graph) -> None:
         """Keep what the graph's engines have to compute, while its weights are in memory."""
-        self._progress(f"reference {graph.name}")
         own = lowered if self._precision.reduced and self._spec.verify else None
-        self._expected[graph.name] = expect_graph(graph, own, self._precision, self._spec.profile, self._multiple)
+        profile = self._spec.profile
+        self._expected[graph.name] = expect_graph(graph, own, self._precision, profile, self._multiple, self._progress)
 
     def _request(self, name: str, entry: GraphEntry, module: Graph | None = None) -> EngineRequest:
         spec = self._spec

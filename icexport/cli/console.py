@@ -8,14 +8,15 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
+from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from icexport.host.files import finite
+from icexport.progress import Ticker
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 OURS = ("icexport", "engines", "training")
 _PIPE_WIDTH = 160
 """Columns of a table that goes to a file or another program."""
+_LABEL_WIDTH = 42
+"""Columns of a step's number and name."""
 
 
 @functools.cache
@@ -81,58 +84,87 @@ def _cell(value: Any) -> str:
 
 
 class Steps:
-    """The steps of a long command, on stderr: the done ones with their seconds; on a terminal the running one, too.
+    """The steps of a long command, on stderr: the done ones with their seconds, the running one with how far it is.
 
-    Use it as a context manager; call it with the name of a step when that begins. Libraries are silenced meanwhile;
-    what they print to stdout all the same goes to stderr.
+    On a terminal, a bar shows the running one. Elsewhere a line tells of it whenever nothing else was told for a
+    while; also before the first step. Use it as a context manager; it is an ``icexport.progress.Progress``. Libraries
+    are silenced meanwhile; what they print to stdout all the same goes to stderr.
+
+    Args:
+        seconds: how long nothing has been told when a line tells of the running step.
 
     Attributes:
         begun: number of steps so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 10.0) -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._quiet = not logging.getLogger(OURS[0]).isEnabledFor(logging.INFO)
-        text = TextColumn("{task.description}", markup=False)
-        columns = (SpinnerColumn(), text, BarColumn(bar_width=20), TimeElapsedColumn())
-        hidden = self._quiet or not _stderr().is_terminal
-        self._bar = Progress(*columns, console=_stderr(), transient=True, refresh_per_second=4, disable=hidden)
-        self._stdout = contextlib.redirect_stdout(sys.stderr)
-        self._step, self._started = "", 0.0
+        self._live = not self._quiet and _stderr().is_terminal and not _stderr().is_dumb_terminal
+        name, part = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[part]"))
+        columns = (SpinnerColumn(), name, BarColumn(bar_width=20), part, TimeElapsedColumn())
+        self._bar = Progress(*columns, console=_stderr(), transient=True, refresh_per_second=4)
+        self._ticker = Ticker(self._tell, seconds)
+        self._open = contextlib.ExitStack()
+        self._step, self._part, self._started, self._expected = "", "", 0.0, 0
         self.begun = 0
 
     def __enter__(self) -> Self:
-        self._stdout.__enter__()
-        self._bar.start()
+        self._open.enter_context(contextlib.redirect_stdout(sys.stderr))
+        self._started = perf_counter()
+        if not self._quiet and not self._live:
+            self._open.enter_context(self._ticker)
         return self
+
+    def expect(self, steps: int, /) -> None:
+        """Hear, before the first step, how many there will be."""
+        self._expected = steps
 
     def __call__(self, step: str, done: float | None = None, total: float = 1.0, /) -> None:
         """Begin ``step``, which ends the one before it; or, with the name of the running step, show how far it is."""
-        if step == self._step and done is not None:
-            for task in self._bar.task_ids:
-                self._bar.update(task, total=total, completed=done)
-            return
         if not self.begun:
             silence_libraries()  # not before: a cache hit has no steps and must not pay for the imports
-        self._finish()
-        self._step, self._started = step, time.perf_counter()
-        self.begun += 1
-        self._bar.add_task(step, total=None)
+            if self._live:  # not before, either: the bars of downloads come before the first step
+                self._open.enter_context(self._bar)
+        if step != self._step:
+            self._begin(step)
+        self._part = "" if done is None else f"{done:.0%}" if total == 1 else f"{done:g}/{total:g}"
+        for task in self._bar.task_ids:
+            self._bar.update(task, total=None if done is None else total, completed=done or 0, part=self._part)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        with self._ticker.telling():
+            if error is None:
+                self._finish()
+        self._open.__exit__(kind, error, trace)
+
+    def _begin(self, step: str) -> None:
+        with self._ticker.telling():
             self._finish()
-        self._bar.stop()
-        self._stdout.__exit__(kind, error, trace)
+            self._step, self._part, self._started = step, "", perf_counter()
+            self.begun += 1
+        self._bar.add_task(self._label(), total=None, part="")
 
     def _finish(self) -> None:
-        if self._step and not self._quiet:
-            say(f"{self._step:24} {time.perf_counter() - self._started:6.1f} s")
+        if self.begun and not self._quiet:
+            say(self._line())
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
+
+    def _tell(self) -> None:
+        say(f"{self._line()}{self._part and ', '}{self._part} ...")
+
+    def _line(self) -> str:
+        return f"{self._label():{_LABEL_WIDTH}} {perf_counter() - self._started:6.1f} s"
+
+    def _label(self) -> str:
+        if not self.begun:
+            return "prepare"
+        number = f"[{self.begun:>{len(str(self._expected))}}/{self._expected}] " if self._expected else ""
+        return number + self._step
 
 
 class _Handler(logging.Handler):

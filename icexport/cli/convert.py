@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from icexport.cli.console import emit, show
+from icexport.cli.console import Steps, emit, show
 from icexport.cli.options import Json
 
 
@@ -33,12 +33,15 @@ def convert(
 
     Reads official align models and ControlNet folders; no code inside of them is run.
     """
-    from icexport import conditions
-    from icexport.models.convert import convert as run
+    with Steps() as steps:
+        steps.expect(1)
+        steps(f"convert {source.name}")
+        from icexport import conditions
+        from icexport.models.convert import convert as run
 
-    if cond is not None:
-        conditions.get(cond)
-    report = run(source, output, cond=cond, taps=taps, force=force)
+        if cond is not None:
+            conditions.get(cond)
+        report = run(source, output, cond=cond, taps=taps, force=force)
     document = {
         "kind": report.kind,
         "output": str(report.output),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from icexport.cli.console import Steps, emit, show
+from icexport.cli.console import Steps, emit, show, silence_libraries
 from icexport.cli.options import CONDITIONS, Backend, Device, Dtype, Json
 from icexport.errors import IcexportError, UsageError
 
@@ -132,15 +132,17 @@ def evaluate(
     condition = condition.with_options(**_options(name, depth_model, hed_weights, lineart_weights))
     size = _size(height, width)
     with Steps() as shown:
-        shown("model")
+        silence_libraries()  # before the imports
         try:
             from training.data.config import DataConfig
             from training.evaluation.generate import Sampling, load_bundle, load_model
-            from training.evaluation.run import REPORT, RESULT, EvaluationConfig
+            from training.evaluation.run import REPORT, RESULT, EvaluationConfig, count_steps
             from training.evaluation.run import evaluate as run
         except ImportError as error:
             raise IcexportError(f"{error}. Evaluation needs more packages: pip install 'icexport[train]'") from error
         sampling = Sampling(steps, guidance_scale, negative_prompt, scheduler, seed)
+        shown.expect(1 + count_steps(drawn=pictures is None, no_control=no_control))
+        shown("load the model")
         sampler = None
         if model is not None:
             sampler = load_model(name, model, controlnet, sampling, dtype, device, size)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import sys
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from icexport.cli.console import emit, silence_libraries, table
+from icexport.cli.console import Steps, emit, table
 from icexport.cli.options import Backend, BundlePath, Device, Json
 from icexport.errors import FidelityError, UsageError
 
 if TYPE_CHECKING:
     from icexport.bundle.store import Bundle
     from icexport.fidelity.report import FidelityReport
+    from icexport.progress import Progress
     from icexport.runtime.pipeline import InnerControlPipeline
 
 _MAX_SEED = 2**63 - 1
@@ -73,6 +74,9 @@ def generate(
     width: Annotated[int | None, typer.Option("--width", min=1, help="As --height.")] = None,
     backend: Backend = "auto",
     device: Device = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Open each part of the model only while it is needed. Slower.")
+    ] = False,
     output: Annotated[Path, _Png] = Path("out.png"),
     save_control_map: Annotated[
         Path | None,
@@ -97,59 +101,64 @@ def generate(
             raise UsageError(f"{path}: pictures are written as PNG, which holds the settings, too. Name a .png file.")
     opened = Bundle(bundle)
     height, width = _size(opened, height, width)
-    silence_libraries()  # before the next imports, which warn
-    from icexport.conditions.maps import extracted_map, ready_map
-    from icexport.host.pictures import save_png, to_image, to_pixels
-    from icexport.runtime.drawing import Request, draw_calls, joined
+    with Steps() as shown:
+        shown.expect(3)
+        shown("load the bundle")  # silences libraries: before the next imports, which warn
+        from icexport.conditions.maps import extracted_map, ready_map
+        from icexport.host.pictures import save_png, to_image, to_pixels
+        from icexport.runtime.drawing import Request, draw_calls, joined, split_calls
 
-    given = {"low_threshold": low_threshold, "high_threshold": high_threshold}
-    thresholds = {name: value for name, value in given.items() if value is not None}
-    control = (
-        ready_map(source, (width, height), fit, thresholds)
-        if image is None
-        else extracted_map(opened.condition(**thresholds), image, (width, height), fit)
-    )
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    condition = opened.manifest.condition.name
-    if save_control_map is not None:
-        save_control_map.parent.mkdir(parents=True, exist_ok=True)
-        save_png(control, save_control_map, {"condition": condition})
+        given = {"low_threshold": low_threshold, "high_threshold": high_threshold}
+        thresholds = {name: value for name, value in given.items() if value is not None}
+        control = (
+            ready_map(source, (width, height), fit, thresholds)
+            if image is None
+            else extracted_map(opened.condition(**thresholds), image, (width, height), fit)
+        )
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        condition = opened.manifest.condition.name
+        if save_control_map is not None:
+            save_control_map.parent.mkdir(parents=True, exist_ok=True)
+            save_png(control, save_control_map, {"condition": condition})
 
-    pipe = _load(opened, backend, device, scheduler)
-    pipe.condition = pipe.condition.with_options(**thresholds)  # the score reads pictures as the map was read
-    request = Request(
-        prompt,
-        range(seed, seed + num_images),
-        negative_prompt=negative_prompt or "",
-        steps=steps,
-        guidance_scale=guidance_scale,
-        controlnet_scale=controlnet_scale,
-    )
-    settings = {
-        "prompt": prompt,
-        "negative_prompt": request.negative_prompt,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "controlnet_scale": controlnet_scale,
-        "scheduler": type(pipe.scheduler).__name__,
-        "height": height,
-        "width": width,
-        "backend": pipe.backend,
-        "condition": condition,
-        "bundle_key": opened.manifest.key,
-    }
-    rows: list[dict[str, Any]] = []
-    reports: list[FidelityReport] = []
-    calls = opened.manifest.profile.batch
-    for drawn in draw_calls(pipe, to_pixels(control), request, calls=calls, check_fidelity=True):
-        reports.append(part := drawn.checked)
-        for i, picture in enumerate(drawn.pictures):  # written at once: what is drawn is not lost
-            path = paths[len(rows)]
-            errors = [step.errors[i] for step in part.steps]
-            found = {"seed": seed + len(rows), "score": (part.scores or [])[i], "probe_errors": errors}
-            save_png(to_image(picture), path, {**settings, **found, "metric": part.metric, "unit": part.unit})
-            rows.append({"picture": str(path), **found})
-    report = joined(reports)
+        pipe = _load(opened, scheduler, backend=backend, device=device, low_memory=low_memory)
+        pipe.condition = pipe.condition.with_options(**thresholds)  # the score reads pictures as the map was read
+        request = Request(
+            prompt,
+            range(seed, seed + num_images),
+            negative_prompt=negative_prompt or "",
+            steps=steps,
+            guidance_scale=guidance_scale,
+            controlnet_scale=controlnet_scale,
+        )
+        settings = {
+            "prompt": prompt,
+            "negative_prompt": request.negative_prompt,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "controlnet_scale": controlnet_scale,
+            "scheduler": type(pipe.scheduler).__name__,
+            "height": height,
+            "width": width,
+            "backend": pipe.backend,
+            "condition": condition,
+            "bundle_key": opened.manifest.key,
+        }
+        rows: list[dict[str, Any]] = []
+        reports: list[FidelityReport] = []
+        calls = opened.manifest.profile.batch
+        shown("draw")
+        ended = _counting(shown, len(list(split_calls(num_images, calls))))
+        drawing = draw_calls(pipe, to_pixels(control), request, calls=calls, check_fidelity=True, callback=ended)
+        for drawn in drawing:
+            reports.append(part := drawn.checked)
+            for i, picture in enumerate(drawn.pictures):  # written at once: what is drawn is not lost
+                path = paths[len(rows)]
+                errors = [step.errors[i] for step in part.steps]
+                found = {"seed": seed + len(rows), "score": (part.scores or [])[i], "probe_errors": errors}
+                save_png(to_image(picture), path, {**settings, **found, "metric": part.metric, "unit": part.unit})
+                rows.append({"picture": str(path), **found})
+        report = joined(reports)
     if as_json:
         emit({"bundle": str(bundle), "settings": settings, "pictures": rows, "fidelity": report.to_json()})
     else:
@@ -158,17 +167,30 @@ def generate(
         raise FidelityError("The pictures or the probe's readings hold NaN or infinite values: do not use them.")
 
 
-def _load(bundle: Bundle, backend: str, device: str | None, scheduler: str | None) -> InnerControlPipeline:
-    """Return the pipeline with the bundle's or a named scheduler, and a bar on a terminal."""
+def _load(bundle: Bundle, scheduler: str | None, **options: Any) -> InnerControlPipeline:
+    """Return the pipeline with the bundle's or a named scheduler."""
     from icexport.runtime.pipeline import InnerControlPipeline
     from icexport.runtime.schedulers import choose_scheduler
 
-    pipe = InnerControlPipeline.from_pretrained(bundle, backend=backend, device=device)
+    pipe = InnerControlPipeline.from_pretrained(bundle, **options)
     if scheduler is not None:
         pipe.scheduler = choose_scheduler(scheduler, pipe.scheduler)
-    hidden = not sys.stderr.isatty() or not logging.getLogger("icexport").isEnabledFor(logging.INFO)
-    pipe.set_progress_bar_config(disable=hidden, leave=False)
+    pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _counting(shown: Progress, calls: int) -> Callable[..., dict[str, Any]]:
+    """Return a callback that tells after every denoising step how many of all calls' are done."""
+    done = itertools.count(1)
+
+    def ended(pipe: InnerControlPipeline, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        number, total = next(done), calls * len(pipe.scheduler.timesteps)  # which may be more than were asked for
+        shown("draw", number, total)
+        if number == total:
+            shown("decode and score")
+        return tensors
+
+    return ended
 
 
 def numbered(path: Path, count: int) -> list[Path]:

@@ -60,17 +60,20 @@ def expected_of(
     multiple = size_multiple(source.config("unet"), source.config("vae"))
     found = {}
     for graph in split(source, REFERENCE.torch):
-        progress(f"reference {graph.name}")
-        found[graph.name] = expect_graph(
-            graph, graph.cast(dtype.torch) if dtype.reduced else None, dtype, profile, multiple
-        )
-        del graph
+        lowered = graph.cast(dtype.torch) if dtype.reduced else None
+        found[graph.name] = expect_graph(graph, lowered, dtype, profile, multiple, progress)
+        del graph, lowered
         gc.collect()
     return found
 
 
 def expect_graph(
-    graph: Graph, lowered: Graph | None, dtype: Precision, profile: Profile, multiple: int
+    graph: Graph,
+    lowered: Graph | None,
+    dtype: Precision,
+    profile: Profile,
+    multiple: int,
+    progress: Progress,
 ) -> list[Expected]:
     """Return what the engines of one graph have to compute.
 
@@ -80,9 +83,15 @@ def expect_graph(
         dtype: precision of the engines.
         profile: sizes of the bundle.
         multiple: pixels of one step of the symbols ``rows`` and ``columns``.
+        progress: told how many cases are done.
     """
-    own = lowered.engine() if lowered is not None else None
-    return list(expect(cases(graph, profile, multiple), graph.engine(), own, dtype))
+    step, case_list = f"reference {graph.name}", list(cases(graph, profile, multiple))
+    progress(step)
+    found = []
+    for one in expect(case_list, graph.engine(), lowered.engine() if lowered is not None else None, dtype):
+        found.append(one)
+        progress(step, len(found), len(case_list))
+    return found
 
 
 def parity_gate(

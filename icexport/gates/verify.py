@@ -12,7 +12,7 @@ from icexport.bundle.source import recorded_source
 from icexport.bundle.store import Bundle
 from icexport.gates.parity_gate import expected_of, parity_gate
 from icexport.models.precision import precision
-from icexport.progress import Progress, silent
+from icexport.progress import Progress, expect, silent
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def verify(
         ParityError: an engine does not match; the results are its ``results``.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    expect(progress, 1 + 2 * len(bundle.manifest.graphs))
     progress("check the files")
     bundle.verify()
     source = recorded_source(bundle, model)

@@ -19,6 +19,7 @@ from transformers import CLIPTextModel
 from engines.base import TensorSpec
 from icexport.errors import UnsupportedOptionError
 from icexport.graphs.graph import Graph
+from icexport.models.family import STABLE_DIFFUSION
 from icexport.models.loading import ModelSource
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.sizes import latent_multiple, residual_channels, vae_factor
@@ -136,7 +137,7 @@ class VaeDecoderGraph(nn.Module):
 Count = Literal["samples", "pictures"]
 """What the first axis counts: with guidance, the UNet sees two samples of each picture."""
 
-GRAPH_NAMES = ("text_encoder", "controlnet", "unet", "probe", "vae_decoder")
+GRAPH_NAMES = STABLE_DIFFUSION.graph_names
 
 
 def split(source: ModelSource, dtype: torch.dtype) -> Iterator[Graph]:

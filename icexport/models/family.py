@@ -32,6 +32,7 @@ class Family:
         needed: files without which a model is none.
         unsupported: config keys of each component that models of this family leave empty.
         pairs: what has to fit between the components, from their configs.
+        graph_names: names of the graphs; a model without a probe lacks ``probe``.
         graphs: module whose ``split(source, dtype)`` gives the graphs; imported when asked, for it imports torch.
     """
 
@@ -42,6 +43,7 @@ class Family:
     needed: tuple[str, ...]
     unsupported: Mapping[str, tuple[str, ...]]
     pairs: Callable[[Configs], list[Pair]]
+    graph_names: tuple[str, ...]
     graphs: str
 
 
@@ -81,6 +83,7 @@ STABLE_DIFFUSION = Family(
         "text_encoder": ("use_attention_mask",),
     },
     pairs=_stable_diffusion_pairs,
+    graph_names=("text_encoder", "controlnet", "unet", "probe", "vae_decoder"),
     graphs="icexport.graphs.stable_diffusion",
 )
 

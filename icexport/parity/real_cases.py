@@ -36,14 +36,17 @@ DRAWING = "draw a picture for its activations"
 PROMPT = "a red house under a blue sky"
 STEPS = 4
 GUIDANCE = 5.0
+DRAWING = "draw a picture for its activations"
+"""What ``progress`` is told."""
 
 
 def real_cases(
     graphs: Sequence[Graph],
     source: ModelSource,
     profile: Profile,
-    steps: int = STEPS,
     progress: Progress = silent,
+    *,
+    steps: int = STEPS,
 ) -> dict[str, list[Expected]]:
     """Draw one picture with PyTorch in float32, with guidance, and keep what every graph is given and computes.
 
@@ -51,8 +54,8 @@ def real_cases(
         graphs: all graphs of the model, in float32.
         source: the model.
         profile: sizes of a bundle; pictures have its usual size, and there are as few as it allows.
+        progress: told after every step.
         steps: number of denoising steps.
-        progress: told how many steps are done.
 
     Returns:
         For every graph the cases ``real step 1`` and that of the last step; for the text encoder ``real empty prompt``

@@ -25,6 +25,7 @@ from icexport.models.precision import PRECISIONS
 from icexport.models.probe import ProbeConfig
 from icexport.models.sizes import size_multiple
 from icexport.runtime.components import EngineControlNet, EngineTextEncoder, EngineUNet, EngineVae
+from icexport.runtime.phases import Phases
 from icexport.runtime.schedulers import load_scheduler
 from icexport.runtime.step import StepGraphs
 
@@ -49,6 +50,7 @@ class Loaded:
         backend: name of the backend that runs it.
         cuda_graph: whether a step is launched at once.
         probe_kernels: whether the probe runs on Triton kernels of ours.
+        low_memory: whether engines are open only while they are needed.
         probe: the probe's engine; None: the bundle has none.
     """
 
@@ -56,6 +58,7 @@ class Loaded:
     backend: str
     cuda_graph: bool
     probe_kernels: bool
+    low_memory: bool
     probe: Engine | None
 
 
@@ -80,6 +83,7 @@ class Controlled:
         safety_checker: StableDiffusionSafetyChecker | None = None,
         cuda_graph: bool = False,
         probe_kernels: bool = False,
+        low_memory: bool = False,
     ) -> Self:
         """Load a bundle; the hash of every file that is used is checked.
 
@@ -92,16 +96,18 @@ class Controlled:
                 GPU.
             probe_kernels: whether to read the control with the Triton kernels of ``engines.kernels`` instead of the
                 backend's probe engine; on a GPU.
+            low_memory: whether to keep engines open only while they are needed: text encoder, then ControlNet, UNet
+                and probe, then decoder. Each picture then costs their loading, too.
 
         Raises:
             BundleError: there is no bundle, or it is damaged, of another schema, or not built for the backend.
             BackendUnavailableError: the backend cannot run on the device.
-            UnsupportedOptionError: ``cuda_graph`` or ``probe_kernels`` is not possible here.
+            UnsupportedOptionError: ``cuda_graph`` or ``probe_kernels`` is not possible here or with ``low_memory``.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         device = device or default_device(bundle, backend)
         name = choose_backend(bundle, backend, device)
-        models, loaded = _load_models(bundle, name, device, cuda_graph, probe_kernels)
+        models, loaded = _load_models(bundle, name, device, cuda_graph, probe_kernels, low_memory)
         arguments: dict[str, Any] = {
             **models,
             "tokenizer": CLIPTokenizer.from_pretrained(bundle.folder("tokenizer")),
@@ -151,7 +157,8 @@ class Controlled:
         if device is None or torch.device(device) == self.device:
             return self
         was = self._loaded
-        models, self._loaded = _load_models(was.bundle, was.backend, device, was.cuda_graph, was.probe_kernels)
+        options = was.cuda_graph, was.probe_kernels, was.low_memory
+        models, self._loaded = _load_models(was.bundle, was.backend, device, *options)
         self.register_modules(**models)  # type: ignore[attr-defined]
         if self.safety_checker is not None:  # type: ignore[attr-defined]
             self.safety_checker.to(device)  # type: ignore[attr-defined]
@@ -260,7 +267,12 @@ class Controlled:
 
 
 def _load_models(
-    bundle: Bundle, backend: str, device: str | torch.device, cuda_graph: bool, probe_kernels: bool
+    bundle: Bundle,
+    backend: str,
+    device: str | torch.device,
+    cuda_graph: bool,
+    probe_kernels: bool,
+    low_memory: bool,
 ) -> tuple[dict[str, Any], Loaded]:
     """Return the models of a pipeline by their names in diffusers, and how they were loaded."""
     row = table.get(backend)
@@ -270,11 +282,15 @@ def _load_models(
             f"cuda_graph=True: {backend} on {device} cannot be captured in a CUDA graph. Use one of {able} on a CUDA "
             "device, or leave it out."
         )
+    if low_memory and (cuda_graph or probe_kernels):
+        raise UnsupportedOptionError("low_memory=True closes engines that cuda_graph and probe_kernels need open.")
     configs = bundle.manifest.configs
     scratch = row.scratch(device)
     load: Callable[[str], Engine] = functools.partial(
         load_engine, bundle, backend=backend, device=device, scratch=scratch
     )
+    if low_memory:
+        load = Phases(bundle, backend, device, load).engine
     controlnet = EngineControlNet(load("controlnet"), configs["controlnet"])
     unet = EngineUNet(load("unet"), configs["unet"])
     if cuda_graph:
@@ -288,7 +304,7 @@ def _load_models(
     probe = None
     if "probe" in bundle.manifest.graphs:
         probe = load_probe_kernels(bundle, device) if probe_kernels else load("probe")
-    return models, Loaded(bundle, backend, cuda_graph, probe_kernels, probe)
+    return models, Loaded(bundle, backend, cuda_graph, probe_kernels, low_memory, probe)
 
 
 def _load_feature_extractor(bundle: Bundle) -> CLIPImageProcessor | None:

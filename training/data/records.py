@@ -18,12 +18,14 @@ class Records:
     """The readable pictures of a data set, in its order, cut in the middle and not mirrored. `records` makes it.
 
     Attributes:
+        length: number of pictures, broken ones included; None: not known.
         counts: broken pictures and missing captions met so far.
     """
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
         self._source = Shards(config) if config.is_shards else open_table(config)
+        self.length = None if isinstance(self._source, Shards) else len(self._source)
         self.counts = Counts()
 
     def __iter__(self) -> Iterator[Record]:

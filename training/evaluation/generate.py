@@ -229,9 +229,10 @@ def draw_missing(
     """
     folder.mkdir(parents=True, exist_ok=True)
     todo = [job for job in itertools.product(items, range(groups)) if not _is_drawn(folder, *job, sampling)]
-    drawn = 0
+    drawn, step = 0, f"draw {folder.name}"
+    progress(step)
     for batch in _batches(todo, min(batch_size, sampler.calls.max)):
-        progress(folder.name, drawn / len(todo))
+        progress(step, drawn, len(todo))
         controls = torch.cat([to_pixels(open_picture(item.control)) for item, _ in batch])
         texts = [_text(item, group, sampling) for item, group in batch]
         seeds = [int(text["seed"]) for text in texts]

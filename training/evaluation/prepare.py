@@ -17,6 +17,7 @@ from torch import Tensor
 from icexport.conditions.base import Condition
 from icexport.errors import UsageError
 from icexport.host.pictures import save_png, to_image, to_pixels
+from icexport.progress import Progress, silent
 from training.data.config import DataConfig
 from training.data.records import Record, records
 from training.evaluation.features import FeatureExtractor
@@ -49,6 +50,7 @@ def prepare(
     batch_size: int = 4,
     device: str = "cpu",
     extractors: Sequence[FeatureExtractor] = (),
+    progress: Progress = silent,
 ) -> HeldOut:
     """Go through the data once, and keep no picture in memory.
 
@@ -60,16 +62,20 @@ def prepare(
         batch_size: number of pictures that are read at once.
         device: device where control maps are extracted.
         extractors: extractors of the features.
+        progress: told how far it is.
 
     Raises:
         UsageError: there is no usable picture, or two have one id.
         ConditionError: the condition lacks weights.
     """
+    step = "read the data"
+    progress(step)
     folder.mkdir(parents=True, exist_ok=True)
     found, held_out = records(data), HeldOut()
     parts: dict[str, list[Tensor]] = {extractor.name: [] for extractor in extractors}
     blank = []
     usable = itertools.islice(found, max_samples)
+    total = min((count for count in (max_samples, found.length) if count is not None), default=None)
     while chunk := list(itertools.islice(usable, batch_size)):
         for extractor in extractors:
             parts[extractor.name].append(extractor([record.image for record in chunk]))
@@ -80,6 +86,8 @@ def prepare(
             held_out.items.append(Item(record.id, record.caption, path, digest))
             if control.amin() == control.amax():
                 blank.append(record.id)
+        if total is not None:
+            progress(step, len(held_out.items), total)
     _check_ids(held_out.items, data)
     if blank:
         logger.warning("%d control maps are blank, for instance that of %s", len(blank), blank[0])

@@ -86,7 +86,7 @@ def evaluate(
         config: what is judged on what.
         sampler: draws the pictures.
         pictures: folder of finished pictures to judge instead, named as `picture_path` names them.
-        progress: told of the steps.
+        progress: told of the steps, of which there are ``count_steps``.
 
     Returns:
         What ``evaluation.json`` holds.
@@ -101,13 +101,12 @@ def evaluate(
         raise UsageError("Give either a model that draws, or a folder of finished pictures.")
     if config.no_control and sampler is None:
         raise UsageError("Finished pictures say nothing of those without control: leave out --no-control.")
-    progress("weights")
+    progress("load the metrics")
     extractors, absent = load_extractors(config)
     clip = ClipScore(config.clip_model, torch.device(config.device)) if config.clip_model else None
     settings = {"condition": config.condition.name, **(sampling_settings(sampler, config.sampling) if sampler else {})}
     if sampler:
         claim(config.output, settings)
-    progress("data")
     held_out = prepare(
         config.data,
         config.condition,
@@ -116,6 +115,7 @@ def evaluate(
         batch_size=config.batch_size,
         device=config.device,
         extractors=extractors,
+        progress=progress,
     )
     items, groups = held_out.items, config.images_per_condition
     folders = {"control": pictures} if pictures else _draw(config, sampler, items, progress)
@@ -132,7 +132,7 @@ def evaluate(
             device=config.device,
             progress=progress,
         )
-    progress("report")
+    progress("write the report")
     result = {
         "settings": {**(sampler.source if sampler else {"pictures": str(pictures)}), **settings},
         "extractor": describe_extractor(config.condition),
@@ -147,6 +147,17 @@ def evaluate(
     write_whole(config.output / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_report(config.output / REPORT, result, config.condition, items, folders, config.device)
     return result
+
+
+def count_steps(*, drawn: bool, no_control: bool) -> int:
+    """Count the steps that `evaluate` tells of.
+
+    Args:
+        drawn: whether pictures are drawn, not finished ones judged.
+        no_control: as in the configuration.
+    """
+    sets = 1 + no_control
+    return 3 + sets + (sets if drawn else 0)
 
 
 def load_extractors(config: EvaluationConfig) -> tuple[list[FeatureExtractor], dict[str, dict[str, str]]]:

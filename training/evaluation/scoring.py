@@ -63,9 +63,9 @@ def judge(
     scores: dict[str, list[Tensor]] = {}
     chance: dict[str, list[Tensor]] = {}
     features: dict[str, list[Tensor]] = {extractor.name: [] for extractor in extractors}
-    step = f"scores of {folder.name}"
+    step = f"score {folder.name}"
     for start in range(0, len(jobs), batch_size):
-        progress(step, start / len(jobs))
+        progress(step, start, len(jobs))
         batch = jobs[start : start + batch_size]
         images = [open_picture(picture_path(folder, items[i].id, group)) for i, group in batch]
         controls = _load(items[i].control for i, _ in batch)

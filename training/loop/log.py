@@ -1,4 +1,4 @@
-"""Where a run tells how it goes: lines on disk, trackers, and a bar on the terminal."""
+"""Where a run tells how it goes: lines on disk, trackers, a bar on the terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,18 +6,33 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
 from icexport.host.files import write_whole
+from icexport.progress import Ticker
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
+
+SILENCE = 30.0
+"""Seconds without a word, after which a line says that the work goes on."""
+
+
+@contextmanager
+def underway(where: logging.Logger, what: str) -> Iterator[None]:
+    """Log what the block does when it begins and, every so often, that it is still at it."""
+    started = time.perf_counter()
+    where.info("%s", what)
+    with Ticker(lambda: where.info("%s: %.0f s so far", what, time.perf_counter() - started), SILENCE):
+        yield
 
 
 class TrainingLog:
@@ -49,11 +64,14 @@ class TrainingLog:
             TimeRemainingColumn(),
             TextColumn("{task.fields[row]}"),
         )
-        self._hidden = not (accelerator.is_main_process and sys.stderr.isatty())
+        quiet = logging.getLogger("training").level > logging.INFO  # as -q sets it
+        self._hidden = quiet or not (accelerator.is_main_process and sys.stderr.isatty())
         self._bar = Progress(
             TextColumn("{task.description}"), *columns, console=Console(stderr=True), disable=self._hidden
         )
         self._task = self._bar.add_task(name, total=steps, completed=first, row="")
+        self._step, self._steps, self._started = first, steps, 0.0
+        self._ticker, self._open = Ticker(self._tell, SILENCE), ExitStack()
 
     def __enter__(self) -> Self:
         if self._accelerator.is_main_process:
@@ -62,11 +80,15 @@ class TrainingLog:
                 _drop_rows(self._output / file, self._first)
         if self._accelerator.log_with:
             self._accelerator.init_trackers(self._name, self._settings)
-        self._bar.start()
+        self._started = time.perf_counter()
+        if not self._hidden:
+            self._open.enter_context(self._bar)
+        elif self._accelerator.is_main_process:
+            self._open.enter_context(self._ticker)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._open.close()
         for tracker in self._accelerator.trackers:
             tracker.finish()
         # Not Accelerator.end_training: it would also end the process group, and a program may train several times.
@@ -74,6 +96,7 @@ class TrainingLog:
 
     def advance(self, step: int) -> None:
         """Move the bar."""
+        self._step = step
         self._bar.update(self._task, completed=step)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
@@ -83,7 +106,8 @@ class TrainingLog:
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._bar.update(self._task, row=text)
         if self._hidden:
-            logger.info("%s step %d: %s", self._name, step, text)
+            with self._ticker.telling():
+                logger.info("%s step %d: %s", self._name, step, text)
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
         """Write one row of the validation's log, if there is anything to say."""
@@ -91,6 +115,10 @@ class TrainingLog:
             return
         self._append("validation.jsonl", step, values)
         self._accelerator.log({f"validation/{name}": value for name, value in _finite(values).items()}, step=step)
+
+    def _tell(self) -> None:
+        seconds = time.perf_counter() - self._started
+        logger.info("%s: %d of %d steps, %.0f s so far", self._name, self._step, self._steps, seconds)
 
     def _append(self, file: str, step: int, values: Mapping[str, float]) -> None:
         finite = _finite(values)

@@ -23,6 +23,7 @@ from icexport.models import loading
 from icexport.models.probe import InnerControlProbe
 from training.data import icons, scenes
 from training.data.drawn import Draw, DrawnBatches
+from training.loop.log import underway
 from training.loop.trainer import Task, TrainerConfig
 from training.loop.trainer import train as fit
 from training.reference import autoencoder, denoiser, pictures
@@ -111,7 +112,7 @@ def train(work: Path, output: Path, recipe: Path, bpe_file: Path, hed_weights: P
     """Run every stage of ``recipe`` in ``work`` and write the finished model to ``output``."""
     state, run = PartialState(), Stages(stages(recipe), work).run
     logger.setLevel(logging.INFO if state.is_main_process else logging.WARNING)
-    with state.main_process_first():
+    with underway(logger, "Icons and scenes"), state.main_process_first():
         found = icons.prepare(work / "data")
         shown = scenes.prepare(work / "data", SCENES)
     drawn = found.subset(~found.held_out)
@@ -120,16 +121,19 @@ def train(work: Path, output: Path, recipe: Path, bpe_file: Path, hed_weights: P
     tokens = clip_tokenizer(bpe_file)
 
     vae = _autoencoder(run, "vae", autoencoder.new_vae, images)
-    data = pictures.prepare(work / "icons.safetensors", lambda: pictures.build(drawn, vae, tokens, 0))
+    with underway(logger, "Latents and captions of the icons"):
+        data = pictures.prepare(work / "icons.safetensors", lambda: pictures.build(drawn, vae, tokens, 0))
     unet, text_encoder = _denoiser(run, "unet", lambda: (denoiser.new_unet(), denoiser.new_text_encoder(tokens)), data)
     models = BaseModels(unet, vae, text_encoder, tokens, denoiser.noise_scheduler())
     canny = conditions.get("canny")
-    edges = pictures.control_maps(data.images, canny)
+    with underway(logger, "Control maps: canny"):
+        edges = pictures.control_maps(data.images, canny)
     controlnet = _controlnet(run, "controlnet", new_controlnet(unet), models, canny, data, edges)
 
     # What the stages above made goes on with scenes among its pictures.
     vae = _autoencoder(run, "vae-scenes", lambda: vae, torch.cat((images, rooms)))
-    data = pictures.prepare(work / "all.safetensors", lambda: pictures.build(drawn, vae, tokens, 0, shown))
+    with underway(logger, "Latents and captions of icons and scenes"):
+        data = pictures.prepare(work / "all.safetensors", lambda: pictures.build(drawn, vae, tokens, 0, shown))
     unet, text_encoder = _denoiser(run, "unet-scenes", lambda: (unet, text_encoder), data)
     models = BaseModels(unet, vae, text_encoder, tokens, denoiser.noise_scheduler())
     estimator = _estimator(run, models, rooms, torch.from_numpy(shown.depth))
@@ -140,7 +144,7 @@ def train(work: Path, output: Path, recipe: Path, bpe_file: Path, hed_weights: P
     for name in ("canny", "hed", "lineart", "depth"):
         options = {"weights": hed_weights} if name == "hed" else {}
         condition = conditions.get(name, **options)
-        with state.main_process_first():
+        with underway(logger, f"Control maps: {name}, icons and scenes"), state.main_process_first():
             index, maps = _maps(work / f"maps-{name}.safetensors", condition, data, shown)
         chosen = data.subset(index)
         controlnet = _controlnet(run, f"controlnet-{name}", start, models, condition, chosen, maps)

@@ -13,11 +13,17 @@ from icexport.bench.latency import LatencyReport, run_latency
 from icexport.bundle.manifest import MANIFEST_NAME
 from icexport.errors import BundleError, CheckpointError, UsageError
 from icexport.host.versions import machine
+from tests.steps import Told
 
 
 @pytest.fixture(scope="module")
-def report(tiny_bundle: Path) -> LatencyReport:
-    return run_latency(tiny_bundle, steps=2, warmup=0, iterations=2, batch=2)
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bundle: Path, told: Told) -> LatencyReport:
+    return run_latency(tiny_bundle, steps=2, warmup=0, iterations=2, batch=2, progress=told)
 
 
 def test_every_provider_is_measured(report: LatencyReport) -> None:
@@ -28,6 +34,13 @@ def test_every_provider_is_measured(report: LatencyReport) -> None:
         assert 0 < 2 * provider.seconds_per_step < 10 * provider.median
         assert provider.load_seconds > 0
         assert 0 <= provider.score <= 1
+
+
+def test_its_steps(report: LatencyReport, told: Told) -> None:
+    assert told.names == ["load diffusers", "load onnxruntime", "load torch", "measure", "time single steps"]
+    assert told.expected == len(told.names)
+    assert [part[1:] for part in told.parts if part[0] == "measure"] == [(done, 6) for done in range(6)]
+    assert [part[1:] for part in told.parts if part[0] == "time single steps"] == [(done, 3) for done in range(3)]
 
 
 def test_the_pictures_are_those_of_diffusers(report: LatencyReport) -> None:

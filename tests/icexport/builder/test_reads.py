@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 
 import icexport
+from icexport.builder import build as build_module
+from icexport.builder.options import BuildOptions, BuildSpec
 from icexport.bundle.manifest import MANIFEST_NAME
 from icexport.bundle.store import Bundle
 from icexport.errors import CheckpointError, SchemaError
+from icexport.graphs.stable_diffusion import GRAPH_NAMES
 from icexport.host import files
 from icexport.models import loading
+from tests.steps import Told
 
 HOUR_NS = 3600 * 10**9
 
@@ -81,7 +85,8 @@ def age(folder: Path) -> None:
 def test_one_build(
     model: Path, tmp_path: Path, reads: Counter[str], loads: Counter[str], options: dict[str, Any]
 ) -> None:
-    bundle = icexport.build("canny", model=str(model), output=tmp_path / "b", engine_store=tmp_path / "s", **options)
+    told, place = Told(), {"output": tmp_path / "b", "engine_store": tmp_path / "s"}
+    bundle = icexport.build("canny", model=str(model), **place, **options, progress=told)
 
     weights = {"unet", "vae", "text_encoder", "controlnet-canny", "probe-canny"}
     if "dtype" not in options:  # the torch engines have folders of their own
@@ -91,6 +96,24 @@ def test_one_build(
     # The files of the store are those of the bundle by other names, apart from its own notes.
     assert len(reads) == len(bundle.manifest.files) + len(bundle.manifest.source.files)
     Bundle(bundle.path).verify()
+    names = tuple(bundle.manifest.graphs)
+    half, plans = "dtype" in options, "tensorrt-rtx" in options["backend"]
+    assert told.names == [
+        "check the model",
+        *(["draw a picture for its activations"] if half else []),
+        *(f"{step} {name}" for name in names for step in ("export", "reference", "float16 range of")[: 2 + half]),
+        "hash the files",
+        *(f"tensorrt-rtx plan of {name}" for name in names if plans),
+        *(f"parity {name}" for name in names),
+    ]
+    assert told.expected == len(told.names)
+    drawing = [part[1:] for part in told.parts if part[0] == "draw a picture for its activations"]
+    assert drawing == ([(1, 4), (2, 4), (3, 4), (4, 4)] if half else [])
+
+
+def test_steps_without_probe_and_verification(model: Path) -> None:
+    options = BuildOptions(str(model), probe="none", backends=["torch"], verify=False)
+    assert build_module._steps(BuildSpec.of("canny", options)) == 2 + 4
 
 
 class BuildBegunError(Exception):
@@ -115,7 +138,10 @@ def test_a_cache_hit_reads_no_file_that_is_as_recorded(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     options: dict[str, Any] = {"model": str(model), "backend": "torch", "output": tmp_path / "bundle", "verify": False}
-    icexport.build("canny", **options)
+    told = Told()
+    icexport.build("canny", **options, progress=told)
+    assert told.names == ["check the model", *(f"export {name}" for name in GRAPH_NAMES), "hash the files"]
+    assert told.expected == len(told.names)
     no_more_builds()
     built = Bundle(tmp_path / "bundle").manifest
     assert built.stamps.source.keys() == built.source.files.keys()

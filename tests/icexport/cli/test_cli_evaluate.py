@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.steps import shown_steps
+
 SHORT = ("--steps", "1", "--images-per-condition", "2", "--max-samples", "2")
 
 
@@ -32,6 +34,10 @@ def test_a_model(icexport, tiny_model: Path, held_out: Path, tmp_path: Path) -> 
     args = ("evaluate", "--data", held_out, "--model", tiny_model, "--cond", "canny", *SHORT)
     run = icexport(*args, "--no-control", "--output", tmp_path / "new" / "out", "--json")
     assert run.exit_code == 0, run.stderr
+    assert shown_steps(run.stderr) == [
+        "load the model", "load the metrics", "read the data", "draw pictures", "draw pictures-no-control",
+        "score pictures", "score pictures-no-control", "write the report",
+    ]  # fmt: skip
     result = json.loads(run.stdout)
     assert result == json.loads((tmp_path / "new" / "out" / "evaluation.json").read_text())
     assert result["data"]["pictures"] == 4
@@ -63,6 +69,7 @@ def test_finished_pictures(icexport, held_out: Path, tmp_path: Path) -> None:
     args = ("evaluate", "--data", held_out, "--pictures", tmp_path / "drawn", "--cond", "canny")
     run = icexport(*args, "--images-per-condition", "1", "--output", tmp_path / "out", "--json")
     assert run.exit_code == 0, run.stderr
+    assert shown_steps(run.stderr)[2:] == ["read the data", "score drawn", "write the report"]
     assert json.loads(run.stdout)["metrics"]["edge_f1"]["control"] == {"mean": 1, "low": 1, "high": 1}
     run = icexport(*args, "--output", tmp_path / "out")
     assert run.exit_code == 2

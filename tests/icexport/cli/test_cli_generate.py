@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from icexport.bundle.store import Bundle
+from icexport.cli import generate
 from icexport.conditions.maps import extracted_map
 from icexport.fidelity.report import FidelityReport
 from icexport.host import pictures
 from icexport.runtime.drawing import Drawn
+from tests.steps import Told, shown_steps
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,7 @@ def test_splitting_changes_no_picture(icexport, tiny_bundle: Path, apple: Path, 
     args = ("generate", tiny_bundle, "--prompt", "an äpple", "--image", apple, "--steps", "2", "--json")
     run = icexport(*args, "--num-images", "5", "--seed", "7", "--output", tmp_path / "new" / "out.png")
     assert run.exit_code == 0, run.stderr
+    assert shown_steps(run.stderr) == ["load the bundle", "draw", "decode and score"]
     document = json.loads(run.stdout)
     paths = [tmp_path / "new" / f"out-{i}.png" for i in range(5)]
     assert [row["picture"] for row in document["pictures"]] == list(map(str, paths))
@@ -73,6 +77,15 @@ def test_a_ready_map_is_used_as_it_is(icexport, tiny_bundle: Path, control_map: 
     assert "edge F1 (higher is better)" in run.stdout
     assert str(tmp_path / "out.png") in run.stdout
     assert Image.open(tmp_path / "out.png").text["scheduler"] == "DDIMScheduler"
+
+
+def test_denoising_steps_are_counted_over_all_calls() -> None:
+    told, pipe = Told(), SimpleNamespace(scheduler=SimpleNamespace(timesteps=range(3)))
+    told.expect(2)
+    ended = generate._counting(told, 2)
+    assert [ended(pipe, i % 3, 0, {"latents": i}) for i in range(6)] == [{"latents": i} for i in range(6)]
+    assert told.parts == [("draw", n, 6) for n in range(1, 7)]
+    assert told.names == ["draw", "decode and score"]
 
 
 def test_thresholds_change_the_extraction(tiny_bundle: Path, apple: Path) -> None:

@@ -14,6 +14,7 @@ from icexport.bundle.store import Bundle
 from icexport.cli import check
 from icexport.errors import IcexportError
 from icexport.models.probe import InnerControlProbe
+from tests.steps import shown_steps
 
 
 def document(icexport: Any, *args: object) -> dict[str, Any]:
@@ -146,7 +147,9 @@ def test_convert(icexport, tiny_model: Path, tmp_path: Path) -> None:
     again = icexport(*args)
     assert again.exit_code == 2
     assert "exists" in again.stderr
-    assert icexport(*args, "--force").exit_code == 0
+    forced = icexport(*args, "--force")
+    assert forced.exit_code == 0
+    assert shown_steps(forced.stderr) == ["convert controlnet-canny"]
     assert icexport(*args, "--force", "--taps", "attn").exit_code == 2
     assert icexport(*args, "--force", "--taps", "mlp").exit_code == 2
     unknown = icexport("convert", tiny_model / "controlnet-canny", "--cond", "pose", "--output", tmp_path / "pose")

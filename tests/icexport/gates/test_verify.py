@@ -17,6 +17,7 @@ from icexport.errors import BundleError, CheckpointError, DamagedBundleError, Pa
 from icexport.gates import parity_gate
 from icexport.graphs.split import split
 from tests.hashing import hash_files
+from tests.steps import Told
 
 
 @pytest.fixture
@@ -54,11 +55,14 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_a_good_bundle_passes(tiny_bundle: Path) -> None:
-    steps: list[str] = []
+    told = Told()
 
-    found = icexport.verify(tiny_bundle, backend="onnxruntime", progress=steps.append)
+    found = icexport.verify(tiny_bundle, backend="onnxruntime", progress=told)
 
-    assert steps == ["check the files", *(f"parity {graph}" for graph in Bundle(tiny_bundle).manifest.graphs)]
+    graphs = list(Bundle(tiny_bundle).manifest.graphs)
+    steps = [f"{step} {graph}" for step in ("reference", "parity") for graph in graphs]
+    assert told.names == ["check the files", *steps]
+    assert told.expected == len(told.names)
     recorded = Bundle(tiny_bundle).manifest.parity["onnxruntime"]
     assert found.keys() == {"onnxruntime"}
     assert {g: list(outputs) for g, outputs in found["onnxruntime"].items()} == {
@@ -108,11 +112,11 @@ def test_a_missing_output_fails(copy: Path, only: Callable[..., None]) -> None:
 def test_damage_is_found_before_parity(copy: Path) -> None:
     (copy / "scheduler" / "scheduler_config.json").write_text("{}")
 
-    steps: list[str] = []
+    told = Told()
     with pytest.raises(DamagedBundleError, match=r"scheduler_config\.json was changed"):
-        icexport.verify(copy, progress=steps.append)
+        icexport.verify(copy, progress=told)
 
-    assert steps == ["check the files"], "judged a damaged bundle"
+    assert told.names == ["check the files"], "judged a damaged bundle"
 
 
 def test_another_model_is_refused(tiny_bundle: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from PIL import Image
 
 from icexport import conditions
 from icexport.errors import UsageError
+from tests.steps import Told
 from training.data.config import DataConfig
 from training.evaluation.generate import Sampler, Sampling, load_model, picture_path
 from training.evaluation.report import select
-from training.evaluation.run import EvaluationConfig, describe_extractor, evaluate
+from training.evaluation.run import EvaluationConfig, count_steps, describe_extractor, evaluate
 
 SHORT = Sampling(steps=2)
 
@@ -142,7 +143,12 @@ def test_finished_pictures_get_the_same_scores(finished: Path, config: Evaluatio
 def test_a_second_run_only_judges(config: EvaluationConfig, sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluate(replace(config, max_samples=2), sampler)
     monkeypatch.setattr(Sampler, "draw", None)
-    assert evaluate(replace(config, max_samples=2), sampler) == first
+    told = Told()
+    told.expect(count_steps(drawn=True, no_control=config.no_control))
+    assert evaluate(replace(config, max_samples=2), sampler, progress=told) == first
+    assert len(told.names) == told.expected
+    assert told.parts[0] == ("read the data", 2, 2)
+    assert ("score pictures", 0, 4) in told.parts
     with pytest.raises(UsageError, match="steps was 2 and is 4"):
         evaluate(replace(config, sampling=Sampling(steps=4)), sampler)
 
