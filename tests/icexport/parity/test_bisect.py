@@ -59,6 +59,16 @@ def test_every_layer_with_weights_can_be_named(all_graphs: dict[str, Graph], tin
     assert len(layers - found) <= 2, sorted(layers - found)
 
 
+def test_of_modules_with_one_output_the_inner_one_comes_first(tiny_bundle: Path) -> None:
+    graph = onnx.load(tiny_bundle / "graphs/vae_decoder.onnx", load_external_data=False)
+    values = bisect.module_outputs(graph)
+    names = list(values)
+    pairs = [(inner, outer) for inner in names for outer in names if inner.startswith(f"{outer}.")]
+    same = [(inner, outer) for inner, outer in pairs if values[inner] == values[outer]]
+    assert same
+    assert all(names.index(inner) < names.index(outer) for inner, outer in same)
+
+
 def test_an_intact_graph_has_no_bad_layer(all_graphs: dict[str, Graph], tiny_bundle: Path) -> None:
     graph = all_graphs["controlnet"]
 

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from PIL import Image
 
 from engines.errors import ShapeError
 from icexport import InnerControlPipeline
 from icexport.errors import BundleError, UnsupportedOptionError, UsageError
-from icexport.runtime.schedulers import scheduler_class
+from icexport.runtime.schedulers import CHOICES, choose_scheduler, scheduler_class
 
 CONTROL = torch.ones(1, 3, 16, 16)
 
@@ -110,6 +111,24 @@ def test_backends_that_were_not_built(dynamic_bundle: Path) -> None:
         InnerControlPipeline.from_pretrained(dynamic_bundle, backend="torch")
     with pytest.raises(BundleError, match="not for tensorrt"):
         InnerControlPipeline.from_pretrained(dynamic_bundle, backend="tensorrt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_control_maps_are_judged_in_float32(pipe: InnerControlPipeline, dtype: torch.dtype) -> None:
+    maps = pipe._prepare(CONTROL.to(dtype), "a", None, (None, None), 1)
+    assert {each.dtype for each in maps} == {torch.float32}
+
+
+def test_every_choice_is_a_scheduler_of_diffusers() -> None:
+    own = UniPCMultistepScheduler()
+    found = {name: choose_scheduler(name, own) for name in CHOICES}
+    assert {name: type(scheduler).__name__ for name, scheduler in found.items()} == {
+        "unipc": "UniPCMultistepScheduler",
+        "euler-a": "EulerAncestralDiscreteScheduler",
+        "dpm++": "DPMSolverMultistepScheduler",
+        "dpm++-karras": "DPMSolverMultistepScheduler",
+    }
+    assert [found[name].config["use_karras_sigmas"] for name in ("dpm++", "dpm++-karras")] == [False, True]
 
 
 def test_scheduler_names() -> None:

@@ -66,3 +66,9 @@ def test_a_quiet_command_has_no_bar(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(logging.getLogger("training"), "level", level)
     accelerator: Any = SimpleNamespace(is_main_process=True)
     assert log.TrainingLog(accelerator, tmp_path, "toy", 0, 6, {})._hidden is hidden
+
+
+def test_the_bar_goes_to_stderr(tmp_path: Path) -> None:
+    accelerator: Any = SimpleNamespace(is_main_process=True, log_with=[], trackers=[])
+    shown = log.TrainingLog(accelerator, tmp_path, "toy", 0, 1, {})
+    assert shown._bar.console.stderr
