@@ -130,7 +130,9 @@ def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
 
 def _only_reader(value: ir.Value, operator: str) -> ir.Node | None:
     uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and uses[0].node.op_type == operator else None
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != operator:
+        return None
+    return uses[0].node
 
 
 def _swaps_heads(node: ir.Node) -> bool:

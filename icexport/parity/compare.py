@@ -19,6 +19,7 @@ from torch import Tensor
 from engines.base import Engine
 from icexport.models.precision import Precision
 from icexport.parity.cases import Case, counted
+from icexport.parity.half import WideProducts
 
 MIN_COSINE = 0.999
 COSINE_ERROR = math.sqrt(2 * (1 - MIN_COSINE))
@@ -84,7 +85,8 @@ def expect(
     Args:
         case_list: inputs in float32; floats are cast to what each engine takes.
         reference: PyTorch in float32.
-        same_dtype: PyTorch in the precision that is to be judged, or None where that is float32 too.
+        same_dtype: PyTorch in the precision that is to be judged, or None where that is float32 too. Its products are
+            summed in float32, see ``icexport.parity.half``.
         dtype: precision that is to be judged.
     """
     known: dict[int, Expected] = {}
@@ -92,7 +94,8 @@ def expect(
     for case in case_list:
         if id(case.inputs) not in known:
             outputs = reference(cast(case.inputs, reference))
-            own = same_dtype(cast(case.inputs, same_dtype)) if same_dtype else {}
+            with WideProducts():
+                own = same_dtype(cast(case.inputs, same_dtype)) if same_dtype else {}
             errors = {name: relative_error(value, outputs[name]) for name, value in own.items()}
             allowed = {name: _allowed(errors.get(name), dtype.floor) for name in outputs}
             known[id(case.inputs)] = Expected(case, outputs, allowed, names)

@@ -47,6 +47,8 @@ def real_cases(
     progress: Progress = silent,
     *,
     steps: int = STEPS,
+    prompt: str = PROMPT,
+    every_step: bool = False,
 ) -> dict[str, list[Expected]]:
     """Draw one picture with PyTorch in float32, with guidance, and keep what every graph is given and computes.
 
@@ -56,6 +58,8 @@ def real_cases(
         profile: sizes of a bundle; pictures have its usual size, and there are as few as it allows.
         progress: told after every step.
         steps: number of denoising steps.
+        prompt: what to draw.
+        every_step: whether to keep all steps, and not the first and the last one only.
 
     Returns:
         For every graph the cases ``real step 1`` and that of the last step; for the text encoder ``real empty prompt``
@@ -78,7 +82,7 @@ def real_cases(
     height, width = profile.height.opt, profile.width.opt
     embeds = [
         run("text_encoder", name, {"input_ids": ids, "clip_skip": torch.tensor(0)})["prompt_embeds"]
-        for name, ids in _tokens(source).items()
+        for name, ids in _tokens(source, prompt).items()
     ]
     guided = 2 * pictures
     prompt_embeds = torch.cat([one.expand(pictures, -1, -1) for one in embeds])
@@ -90,7 +94,7 @@ def real_cases(
     cells = (vae["latent_channels"], height // vae_factor(vae), width // vae_factor(vae))
     latents = torch.randn((pictures, *cells), generator=torch.Generator().manual_seed(0))
     for number, time in enumerate(scheduler.timesteps, start=1):
-        step, kept = f"real step {number}", number in (1, len(scheduler.timesteps))
+        step, kept = f"real step {number}", every_step or number in (1, steps)
         inputs = {"sample": torch.cat([latents] * 2), "timestep": time.float(), "prompt_embeds": prompt_embeds}
         control = {"control_map": control_map, "residual_scale": scale}
         residuals = run("controlnet", step, inputs | control, kept=kept)
@@ -126,12 +130,12 @@ def control_picture(condition: Condition, height: int, width: int) -> Tensor:
         return to_pixels(drawing)
 
 
-def _tokens(source: ModelSource) -> dict[str, Tensor]:
-    """Return ``input_ids [1,S]`` of no prompt and of ``PROMPT``, by the names of their cases."""
+def _tokens(source: ModelSource, prompt: str) -> dict[str, Tensor]:
+    """Return ``input_ids [1,S]`` of no prompt and of ``prompt``, by the names of their cases."""
     tokenizer = source.tokenizer()
     length = source.full_config("text_encoder")["max_position_embeddings"]
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-    texts = {"real empty prompt": "", "real prompt": PROMPT}
+    texts = {"real empty prompt": "", "real prompt": prompt}
     return {name: tokenizer(text, **options).input_ids for name, text in texts.items()}
 
 
