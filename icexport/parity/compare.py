@@ -94,7 +94,7 @@ def expect(
     for case in case_list:
         if id(case.inputs) not in known:
             outputs = reference(cast(case.inputs, reference))
-            with WideProducts():
+            with WideProducts():  # type: ignore[no-untyped-call]
                 own = same_dtype(cast(case.inputs, same_dtype)) if same_dtype else {}
             errors = {name: relative_error(value, outputs[name]) for name, value in own.items()}
             allowed = {name: _allowed(errors.get(name), dtype.floor) for name in outputs}

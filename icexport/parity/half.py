@@ -22,7 +22,7 @@ _PRODUCTS = frozenset(
 )
 
 
-class WideProducts(TorchDispatchMode):
+class WideProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, matrix products and convolutions of low precision are computed in float32 and rounded."""
 
     def __torch_dispatch__(
