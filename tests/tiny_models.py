@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UniPCMultistepScheduler
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessorPil,
+)
 
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.taps import Taps
@@ -144,3 +151,34 @@ def overflowing_unet() -> UNet2DConditionModel:
     with torch.no_grad():
         unet.mid_block.resnets[0].conv2.weight.mul_(3e5)
     return unet.eval().requires_grad_(False)
+
+
+def save_tiny_depth(folder: Path, side: int = 32, patch: int = 8, std: float = 0.5, bias: float | None = None) -> None:
+    """Write a random DPT with its processor.
+
+    Args:
+        folder: folder that is made.
+        side: pixels that the processor scales pictures to.
+        patch: pixels of one of its patches.
+        std: standard deviation of its weights.
+        bias: bias of its last convolution: a high one keeps the ReLU behind it from giving zeros only; None: as it is.
+    """
+    torch.manual_seed(0)
+    config = DPTConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=side,
+        patch_size=patch,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        use_auxiliary_head=False,
+        initializer_range=std,
+    )
+    network = DPTForDepthEstimation(config)
+    if bias is not None:
+        torch.nn.init.constant_(network.head.head[4].bias, bias)
+    network.save_pretrained(folder)
+    DPTImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)

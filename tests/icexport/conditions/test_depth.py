@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForDepthEstimation, DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+from transformers import AutoConfig, AutoModelForDepthEstimation, DPTImageProcessor
 
 from icexport.conditions import depth, get
 from icexport.errors import ConditionError
+from tests.tiny_models import save_tiny_depth
 
 
 @pytest.fixture(scope="module")
@@ -22,22 +23,7 @@ def processor() -> DPTImageProcessor:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, processor: DPTImageProcessor) -> Path:
     path = tmp_path_factory.mktemp("dpt")
-    torch.manual_seed(0)
-    config = DPTConfig(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=32,
-        patch_size=8,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        use_auxiliary_head=False,
-        initializer_range=0.5,
-    )
-    DPTForDepthEstimation(config).save_pretrained(path)
-    processor.save_pretrained(path)
+    save_tiny_depth(path)
     return path
 
 

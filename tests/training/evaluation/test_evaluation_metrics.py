@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torchmetrics.classification import BinaryF1Score
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
-from transformers import AutoModelForDepthEstimation, DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+from transformers import AutoModelForDepthEstimation
 
 from icexport import conditions
 from icexport.conditions.base import Condition
 from icexport.errors import UsageError
+from tests.tiny_models import save_tiny_depth
 from training.evaluation import metrics
 from training.evaluation.metrics import METRICS, score_pictures, unavailable
 
@@ -31,22 +32,7 @@ def pictures(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor
 @pytest.fixture(scope="module")
 def depth_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dpt")
-    torch.manual_seed(0)
-    config = DPTConfig(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=32,
-        patch_size=8,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        use_auxiliary_head=False,
-        initializer_range=0.5,
-    )
-    DPTForDepthEstimation(config).save_pretrained(path)
-    DPTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(path)
+    save_tiny_depth(path)
     return path
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
 
 from icexport import conditions
 from icexport.conditions import depth, hed
 from icexport.errors import UnsupportedOptionError, UsageError
+from tests.tiny_models import save_tiny_depth
 from training.tasks import extractors
 from training.tasks.extractors import reward_extractor
 from training.tasks.losses import reward_loss
@@ -38,24 +38,7 @@ def hed_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def depth_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dpt")
-    torch.manual_seed(0)
-    config = DPTConfig(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=32,
-        patch_size=16,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        use_auxiliary_head=False,
-        initializer_range=0.2,
-    )
-    network = DPTForDepthEstimation(config)
-    torch.nn.init.constant_(network.head.head[4].bias, 10.0)
-    network.save_pretrained(path)
-    DPTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(path)
+    save_tiny_depth(path, patch=16, std=0.2, bias=10.0)
     return path
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
-from transformers import CLIPTextModel, DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
+from transformers import CLIPTextModel, DPTForDepthEstimation
 
 from icexport import conditions
 from icexport.conditions import Condition
@@ -23,7 +23,7 @@ from icexport.fidelity.normalise import control_target, normalise
 from icexport.models.align import NORMALISERS, to_official
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.taps import TapKind, Taps
-from tests.tiny_models import TEXT_LENGTH, randomise, tiny_tokenizer, tiny_unet
+from tests.tiny_models import TEXT_LENGTH, randomise, save_tiny_depth, tiny_tokenizer, tiny_unet
 from tests.training import plain_reference as plain
 from training.tasks.controlnet import ControlNetTask
 from training.tasks.extractors import reward_extractor
@@ -128,24 +128,7 @@ def hed_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def depth_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random DPT for pictures of SIDE px."""
     path = tmp_path_factory.mktemp("dpt")
-    torch.manual_seed(0)
-    config = DPTConfig(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=SIDE,
-        patch_size=16,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        use_auxiliary_head=False,
-        initializer_range=0.2,
-    )
-    network = DPTForDepthEstimation(config)
-    nn.init.constant_(network.head.head[4].bias, 0.2)
-    network.save_pretrained(path)
-    DPTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(path)
+    save_tiny_depth(path, SIDE, patch=16, std=0.2, bias=0.2)
     return path
 
 
