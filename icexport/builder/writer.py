@@ -119,9 +119,10 @@ class _Writer:
             dtype = REFERENCE.torch if self._has_reference else self._precision.torch
             # Not a loop, whose variable would hold a graph while the next one is loaded.
             return map(lambda graph: (graph, None), split(spec.source, dtype))  # noqa: C417
-        held = {graph.name: graph for graph in split(spec.source, REFERENCE.torch)}  # the picture needs all at once
-        real = real_cases(list(held.values()), spec.source, spec.profile, self._progress)
-        return map(lambda name: (held.pop(name), real.pop(name)), list(held))  # noqa: C417
+        # The picture needs all graphs at once. They are loaded again one by one afterwards: what is made of one needs
+        # the memory of the others.
+        real = real_cases(list(split(spec.source, REFERENCE.torch)), spec.source, spec.profile, self._progress)
+        return map(lambda graph: (graph, real.pop(graph.name)), split(spec.source, REFERENCE.torch))  # noqa: C417
 
     def _expect(self, graph: Graph, lowered: Graph) -> None:
         """Keep what the graph's engines have to compute, while its weights are in memory."""
