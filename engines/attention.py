@@ -25,12 +25,12 @@ _RANK = 3  # [B,S,N*D]
 
 @dataclass(frozen=True)
 class _Attention:
-    """One attention as torch exports it: ``result [B,S,N*D]`` of ``query``, ``key`` and ``value``, likewise."""
+    """One attention as torch exports it; its inputs and the output of ``last`` are ``[B,S,N*D]``."""
 
     query: ir.Value
     key: ir.Value
     value: ir.Value
-    result: ir.Value
+    last: ir.Node
     heads: int
     scale: float
 
@@ -74,10 +74,9 @@ def _match(softmax: ir.Node) -> _Attention | None:
     heads = product.outputs[0].shape[1] if product.outputs[0].shape is not None else None
     if query is None or key is None or value is None or join is None or not isinstance(heads, int):
         return None
-    result = join.outputs[0]
-    if any(v.shape is None or len(v.shape) != _RANK for v in (query, key, value, result)):
+    if any(v.shape is None or len(v.shape) != _RANK for v in (query, key, value, join.outputs[0])):
         return None
-    return _Attention(query, key, value, result, heads, query_scale * key_scale)
+    return _Attention(query, key, value, join, heads, query_scale * key_scale)
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
@@ -109,9 +108,7 @@ def _merged(value: ir.Value | None) -> ir.Value | None:
 
 
 def _replace(graph: ir.Graph, match: _Attention) -> None:
-    old = match.result.producer()
-    if old is None:
-        raise ValueError(f"{match.result.name} is an input")
+    old = match.last
     node = ir.node(
         "MultiHeadAttention",
         [match.query, match.key, match.value],
@@ -120,7 +117,7 @@ def _replace(graph: ir.Graph, match: _Attention) -> None:
         name=f"{old.name}_attention",
     )
     node.metadata_props.update(old.metadata_props)  # the modules that it belongs to
-    ir.convenience.replace_nodes_and_values(graph, old, [old], [node], [match.result], node.outputs)
+    ir.convenience.replace_nodes_and_values(graph, old, [old], [node], old.outputs, node.outputs)
 
 
 def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import onnx
@@ -74,9 +75,14 @@ def operators(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
 
 
-def test_the_same_numbers_without_the_scores(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``Model`` as it is exported; do not write beside it."""
+    return export(Model(), tmp_path_factory.mktemp("plain") / "graphs" / "net.onnx")
+
+
+def test_the_same_numbers_without_the_scores(path: Path, tmp_path: Path) -> None:
     model = Model()
-    path = export(model, tmp_path / "plain" / "net.onnx")
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     fused = tmp_path / "fused" / "net.onnx"
 
@@ -97,9 +103,7 @@ def test_the_same_numbers_without_the_scores(tmp_path: Path) -> None:
         torch.testing.assert_close(engine(given)["y"], plain(given)["y"], rtol=1e-5, atol=1e-5)
 
 
-def test_scale_and_heads_are_the_models(tmp_path: Path) -> None:
-    model = Model()
-    path = export(model, tmp_path / "plain" / "net.onnx")
+def test_scale_and_heads_are_the_models(path: Path, tmp_path: Path) -> None:
     fuse_attention(path, tmp_path / "fused" / "net.onnx")
 
     fused = onnx.load(tmp_path / "fused" / "net.onnx", load_external_data=False)
@@ -126,9 +130,9 @@ def test_attention_with_a_mask_stays_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["scores", "product"])
-def test_values_that_others_read_are_kept(tmp_path: Path, output: str) -> None:
+def test_values_that_others_read_are_kept(path: Path, tmp_path: Path, output: str) -> None:
     """The scores, or the heads' results before they are joined, are an output of the graph, too."""
-    path = export(Model(), tmp_path / "plain" / "net.onnx")
+    path = Path(shutil.copytree(path.parent, tmp_path / "plain")) / "net.onnx"
     model = onnx.load(path, load_external_data=False)
     softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
     product = next(node for node in model.graph.node if softmax.output[0] in node.input)
