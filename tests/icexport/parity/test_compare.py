@@ -345,6 +345,8 @@ def test_samples_one_by_one() -> None:
     assert [one.case.inputs["x"].tolist() for one in found] == [[[1.0, 2.0]], [[-3.0, 1.0]]]
     assert [one.outputs["y"].tolist() for one in found] == [[[2.0, 4.0]], [[-6.0, 2.0]]]
     assert {one.case.rows for one in found} == {()}
+    (alone,) = expect([Case("one", {"x": torch.tensor([[1.0, 2.0]])})], Rows(), None, PRECISIONS["fp32"])
+    assert [one.case.name for one in alone.samples()] == ["one"]
 
 
 def test_cases_without_time_and_guidance(tiny_model) -> None:
