@@ -58,11 +58,15 @@ def test_what_takes_long_before_the_first_step(caplog: pytest.LogCaptureFixture)
         wait_for("s so far", caplog)
 
 
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True)))
+
+
 @pytest.mark.parametrize(
     ("level", "hidden"), [(logging.NOTSET, False), (logging.INFO, False), (logging.WARNING, True)]
 )
 def test_a_quiet_command_has_no_bar(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, level: int, hidden: bool) -> None:
-    monkeypatch.setattr(log, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True)))
+    on_a_terminal(monkeypatch)
     monkeypatch.setattr(logging.getLogger("training"), "level", level)
     accelerator: Any = SimpleNamespace(is_main_process=True)
     assert log.TrainingLog(accelerator, tmp_path, "toy", 0, 6, {})._hidden is hidden
@@ -72,3 +76,13 @@ def test_the_bar_goes_to_stderr(tmp_path: Path) -> None:
     accelerator: Any = SimpleNamespace(is_main_process=True, log_with=[], trackers=[])
     shown = log.TrainingLog(accelerator, tmp_path, "toy", 0, 1, {})
     assert shown._bar.console.stderr
+
+
+def test_the_bar_moves_while_the_run_lasts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on_a_terminal(monkeypatch)
+    accelerator: Any = SimpleNamespace(is_main_process=True, log_with=[], trackers=[])
+    with log.TrainingLog(accelerator, tmp_path, "toy", 0, 6, {}) as shown:
+        assert shown._bar.live.is_started
+        shown.advance(4)
+    assert shown._bar.tasks[0].completed == 4
+    assert not shown._bar.live.is_started
