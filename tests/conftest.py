@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,25 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
             make(folder)
             ready.touch()
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Builds take the graphs of equal models from each other; `export_graph` itself is tested where it lives.
+
+    `ICEXPORT_TEST_EXPORTS` names a folder that other runs may use, too: it is good for one state of what exports.
+    """
+    if "torch" not in sys.modules:  # no test of this run builds, and importing the exporter takes seconds
+        yield
+        return
+    from icexport.builder import writer
+    from tests.exports import sharing
+
+    kept = os.environ.get("ICEXPORT_TEST_EXPORTS")
+    folder = Path(kept) if kept else once(tmp_path_factory, "exports", Path.mkdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "export_graph", sharing(writer.export_graph, folder))
+        yield
 
 
 @pytest.fixture(scope="session")

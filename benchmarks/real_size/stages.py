@@ -25,12 +25,14 @@ class Stage:
         arguments: what Python gets; paths are relative to the output folder.
         needs: paths that have to be there.
         makes: folder that is removed before, so that the stage makes it; empty: none.
+        removes: folder that is removed afterwards; empty: none.
     """
 
     name: str
     arguments: tuple[str, ...]
     needs: tuple[str, ...] = ()
     makes: str = ""
+    removes: str = ""
 
     def file(self, suffix: str) -> Path:
         """Return the path of one of its files, relative to the output folder."""
@@ -73,15 +75,41 @@ def all_stages(size: str, build_options: Sequence[str] = ()) -> list[Stage]:
     ]
 
 
+def growth_stages(size: str, build_options: Sequence[str] = ()) -> list[Stage]:
+    """Return the stages that show how builds and pictures grow with sides, batch and threads; see ``all_stages``."""
+    stages = [Stage("model", ("-m", "benchmarks.real_size.model", "model", "--size", size))]
+    for side, batch in growth_points(size):
+        name = f"{side}x{batch}"
+        bundle = f"bundle-{name}"
+        shape = ("--height", str(side), "--width", str(side), "--batch-size", str(batch))
+        build = _build("model", "fp32", bundle, (*build_options, *shape))
+        drawn = _generate(bundle, f"control-{side}.png", f"generate-{name}", steps=2, pictures=batch)[2:]
+        made = (f"{bundle}/icexport.json",)
+        stages.append(Stage(f"build-{name}", build, ("model/random.json",), bundle))
+        if (side, batch) == (SIDES[size], 1):
+            pinned = ("-m", "benchmarks.real_size.pinned", "1", "icexport")
+            stages.append(Stage(f"generate-{name}-1-thread", (*pinned, *drawn), made))
+        stages.append(Stage(f"generate-{name}", ("-m", "icexport", *drawn), made, removes=bundle))
+    return stages
+
+
+def growth_points(size: str) -> list[tuple[int, int]]:
+    """Return sides in pixels and batches: up to twice the model's own side, and its own side with more pictures."""
+    sides = [SIDES[size] * eighths // 8 for eighths in (8, 10, 12, 16)]
+    return [*((side, 1) for side in sides), (SIDES[size], 2), (SIDES[size], 4)]
+
+
 def _build(model: str, dtype: str, bundle: str, options: Sequence[str]) -> tuple[str, ...]:
     where = ("--model", model, "--dtype", dtype, "--backend", "onnxruntime", "--output", bundle)
     return ("-m", "icexport", "build", "--cond", "canny", *where, *options)
 
 
-def _generate(bundle: str, control: str, name: str) -> tuple[str, ...]:
-    numbers = ("--steps", str(STEPS), "--guidance-scale", str(GUIDANCE), "--seed", str(SEED))
+def _generate(bundle: str, control: str, name: str, steps: int = STEPS, pictures: int = 1) -> tuple[str, ...]:
+    numbers = ("--steps", str(steps), "--guidance-scale", str(GUIDANCE), "--seed", str(SEED))
+    several = ("--num-images", str(pictures)) if pictures > 1 else ()
     where = ("--backend", "onnxruntime", "--device", "cpu", "--output", f"{_RESULTS}/{name}.png")
-    return ("-m", "icexport", "generate", bundle, "--prompt", PROMPT, "--control-map", control, *numbers, *where)
+    what = ("--prompt", PROMPT, "--control-map", control)
+    return ("-m", "icexport", "generate", bundle, *what, *numbers, *several, *where)
 
 
 def _draw(kind: str, folder: str, control: str, name: str) -> tuple[str, ...]:
@@ -92,7 +120,7 @@ def _draw(kind: str, folder: str, control: str, name: str) -> tuple[str, ...]:
 def prepare(folder: Path) -> None:
     """Make the output folder with the control maps that stages draw by: the edges of a ring and a box."""
     (folder / _RESULTS).mkdir(parents=True, exist_ok=True)
-    for side in (*SIDES.values(), LARGE):
+    for side in {side for size in SIDES for side, _ in growth_points(size)}:
         picture = Image.new("RGB", (side, side))
         pen, width = ImageDraw.Draw(picture), max(1, side // 128)
         pen.ellipse([side // 8, side // 8, side * 5 // 8, side * 5 // 8], outline="white", width=width)

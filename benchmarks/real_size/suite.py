@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from icexport.host.versions import versions
 
 SCHEMA = 1
 OK, FAILED, KILLED, SKIPPED = "ok", "failed", "killed", "skipped"
-RESULT = "real-size.json"
+_STEP = re.compile(r"^\[\d+/\d+\] (.*\S) +(\d+\.\d) s$", re.MULTILINE)
 _MACHINE = "import json; from icexport.host.versions import machine; print(json.dumps(machine()))"
 
 
@@ -36,10 +37,11 @@ def run(
     *,
     size: str,
     limit: int,
+    name: str = "real-size",
     resume: bool = False,
     tell: Callable[[str], None] = lambda _text: None,
 ) -> dict[str, Any]:
-    """Run stages and return the whole document, which is in ``real-size.json``, and as a table in ``real-size.md``.
+    """Run stages and return the whole document, which is in ``<name>.json``, and as a table in ``<name>.md``.
 
     Results of other stages that are in the folder stay.
 
@@ -48,6 +50,7 @@ def run(
         folder: output folder.
         size: name of the model's size.
         limit: most resident bytes of a stage's processes together; a stage that passes it is killed.
+        name: name of the results.
         resume: keep the results that are there, however the stage ended; what was skipped has none.
         tell: called with what begins and how it ended.
 
@@ -56,7 +59,7 @@ def run(
     """
     folder = folder.resolve()
     prepare(folder)
-    document = _read(folder / RESULT, size)
+    document = _read(folder / f"{name}.json", size)
     document |= {"machine": _machine(), "versions": versions(), "memory_limit_bytes": limit}
     found: dict[str, Any] = document["stages"]
     for stage in stages:
@@ -66,8 +69,8 @@ def run(
         tell(f"{stage.name} ...")
         result = found[stage.name] = measure(stage, folder, limit) | {"commit": document["machine"].get("commit")}
         document["derived"] = derived(found)
-        write_whole(folder / RESULT, json.dumps(document, indent=1) + "\n")
-        write_whole(folder / "real-size.md", markdown(document))
+        write_whole(folder / f"{name}.json", json.dumps(document, indent=1) + "\n")
+        write_whole(folder / f"{name}.md", markdown(document))
         tell(f"{stage.name}: {result['status']} {result['reason']}".rstrip())
     return document
 
@@ -83,7 +86,10 @@ def measure(stage: Stage, folder: Path, limit: int) -> dict[str, Any]:
         shutil.rmtree(folder / stage.makes, ignore_errors=True)
     (folder / stage.file(".json")).unlink(missing_ok=True)
     stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    seen = watch([sys.executable, *stage.arguments], folder, folder / stage.file(".log"), _environment(folder), limit)
+    log = folder / stage.file(".log")
+    seen = watch([sys.executable, *stage.arguments], folder, log, _environment(folder), limit)
+    if stage.removes:
+        shutil.rmtree(folder / stage.removes)
     status, reason = _verdict(seen, limit)
     result |= {
         "status": status,
@@ -96,11 +102,18 @@ def measure(stage: Stage, folder: Path, limit: int) -> dict[str, Any]:
         "child_peak_bytes": seen.child_peak,
         "resident_peak_bytes": seen.resident_peak,
         "anonymous_peak_bytes": seen.anonymous_peak,
+        "peak_line": seen.peak_line,
         "longest_silence_s": seen.longest_silence,
+        "parts": parts(log.read_text(encoding="utf-8", errors="replace")),
         "last_lines": list(seen.last_lines),
     }
     told = folder / stage.file(".json")
     return result | (json.loads(told.read_text(encoding="utf-8")) if told.exists() else {})
+
+
+def parts(log: str) -> dict[str, float]:
+    """Return the steps that ``icexport`` told of in a log, and the seconds of each."""
+    return {name: float(seconds) for name, seconds in _STEP.findall(log)}
 
 
 def _verdict(seen: Watched, limit: int) -> tuple[str, str]:

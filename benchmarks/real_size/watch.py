@@ -34,6 +34,7 @@ class Watched:
         anonymous_peak: the same without mapped files, whose pages the kernel can drop and read again.
         longest_silence: seconds, the longest of them without a new line on stderr.
         last_lines: the last lines of stdout and stderr together.
+        peak_line: the last line before that largest sum.
     """
 
     exit_code: int
@@ -46,6 +47,7 @@ class Watched:
     anonymous_peak: int
     longest_silence: float
     last_lines: tuple[str, ...]
+    peak_line: str
 
     @property
     def peak(self) -> int:
@@ -78,7 +80,7 @@ def watch(command: Sequence[str], folder: Path, log: Path, environment: Mapping[
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        memory, silence = _Memory(process.pid), _Silence(started)
+        memory, silence = _Memory(process.pid, log), _Silence(started)
         try:
             over = _follow(process, sink, memory, silence, limit)
         finally:
@@ -89,7 +91,6 @@ def watch(command: Sequence[str], folder: Path, log: Path, environment: Mapping[
         silence.said(ended)
     # Until it runs its program, a new process is a copy of this one, and the kernel counts that as its memory.
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return Watched(
         exit_code=process.returncode,
         over_limit=over,
@@ -100,7 +101,8 @@ def watch(command: Sequence[str], folder: Path, log: Path, environment: Mapping[
         resident_peak=memory.resident_peak,
         anonymous_peak=memory.anonymous_peak,
         longest_silence=round(silence.longest, 2),
-        last_lines=tuple(line for line in lines if line.strip())[-_LAST_LINES:],
+        last_lines=tuple(_lines(log)[-_LAST_LINES:]),
+        peak_line=memory.peak_line,
     )
 
 
@@ -130,10 +132,11 @@ def processes(leader: int) -> set[int]:
 
 
 class _Memory:
-    """The largest sizes of a process and its descendants at the looks so far."""
+    """The largest sizes of a process and its descendants at the looks so far, and what its log said at the largest."""
 
-    def __init__(self, leader: int) -> None:
-        self._leader = leader
+    def __init__(self, leader: int, log: Path) -> None:
+        self._leader, self._log = leader, log
+        self.peak_line = ""
         self._seen: set[int] = set()
         self.own_peak = self.child_peak = self.resident_peak = self.anonymous_peak = 0
 
@@ -154,9 +157,16 @@ class _Memory:
             resident += sizes.get("VmRSS", 0)
             anonymous += sizes.get("RssAnon", 0)
         self._seen = found
-        self.resident_peak = max(self.resident_peak, resident)
+        if resident > self.resident_peak:
+            self.resident_peak = resident
+            self.peak_line = "".join(_lines(self._log)[-1:])
         self.anonymous_peak = max(self.anonymous_peak, anonymous)
         return resident
+
+
+def _lines(log: Path) -> list[str]:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def _sizes(pid: int) -> dict[str, int]:

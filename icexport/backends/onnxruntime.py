@@ -1,4 +1,4 @@
-"""ONNX Runtime: runs the bundle's ONNX files, those with attention in a form that needs less memory and time."""
+"""ONNX Runtime: runs the bundle's ONNX files, attention and norms in forms that need less memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from icexport.bundle.store import Bundle
 
 
-ATTENTION = "MultiHeadAttention"
-"""Part of the engines' keys: a change of the rewrite gives it another name."""
+REWRITES = ("MultiHeadAttention", "split GroupNormalization")
+"""Part of the engines' keys: a change of a rewrite gives it another name."""
 
 
 class OnnxRuntime(Backend):
@@ -33,14 +33,14 @@ class OnnxRuntime(Backend):
 
     def key_options(self, options: PlanOptions) -> dict[str, Any]:
         """Return which form of the graphs it runs; see ``Backend.key_options``."""
-        return {"attention": ATTENTION}
+        return {"rewrites": list(REWRITES)}
 
     def make(self, request: EngineRequest, made: Made) -> EngineEntry:
-        """Write the graph with every attention as one node, if it has any; see ``Backend.make``."""
-        from engines.attention import fuse_attention
+        """Write the graph in forms that suit ONNX Runtime, if it has what they are for; see ``Backend.make``."""
+        from engines.rewrites.rewrite import rewrite
 
         path = request.folder / "engines" / made.key / f"{request.graph}.onnx"
-        report = {"fused_attentions": fuse_attention(made.onnx, path)}
+        report = rewrite(made.onnx, path)
         files = [path.relative_to(request.folder).as_posix()] if path.exists() else []
         return EngineEntry(request.graph, self.name, made.parts["version"], files, made_from=made.parts, report=report)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from engines.base import Engine
 from icexport.errors import UnsupportedOptionError
+from icexport.host import memory
 from icexport.models.sizes import residual_channels
 from icexport.runtime.step import Deferred, StepGraphs
 
@@ -234,6 +235,7 @@ class EngineVae(EngineModule):
 
     def decode(self, latents: Tensor, return_dict: bool = False, generator: Any = None) -> tuple[Tensor]:
         """Return ``(pixels [b,3,H,W] in [-1,1],)``."""
+        memory.release()  # the steps have left gaps, and this is where a picture needs most
         return (self.engine({"latents": latents.to(self.dtype)})["pixels"],)
 
 

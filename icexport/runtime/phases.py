@@ -15,6 +15,7 @@ from engines.base import Engine, as_device
 from icexport.bundle.store import Bundle
 from icexport.errors import BundleError
 from icexport.graphs.graph import specs
+from icexport.host import memory
 
 _PHASES = {"text_encoder": "encode", "controlnet": "draw", "unet": "draw", "probe": "draw", "vae_decoder": "decode"}
 
@@ -48,8 +49,11 @@ class Phases:
 
     def get(self, graph: str) -> Engine:
         """Return the open engine of a graph, after closing those that its phase does without."""
-        for name in [name for name in self._open if _PHASES[name] != _PHASES[graph]]:
+        others = [name for name in self._open if _PHASES[name] != _PHASES[graph]]
+        for name in others:
             self.close(name)
+        if others:
+            memory.release()
         if graph not in self._open:
             self._open[graph] = self._load(graph)
         return self._open[graph]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from benchmarks.real_size import __main__ as command_line
 from benchmarks.real_size import draw, suite
 from benchmarks.real_size.model import write_model
 from benchmarks.real_size.report import derived, markdown
-from benchmarks.real_size.stages import Stage, all_stages
+from benchmarks.real_size.stages import Stage, all_stages, growth_stages, prepare
 from benchmarks.real_size.suite import OtherResultsError, run
 from benchmarks.real_size.watch import Watched, watch
 from icexport.models.loading import ModelSource
@@ -46,6 +47,22 @@ def test_memory_that_is_free_again_is_seen(tmp_path: Path) -> None:
     seen = look(tmp_path, f"import time; held = b'x' * {300 * MB}; del held; time.sleep(0.8)")
     assert seen.own_peak > 300 * MB
     assert seen.resident_peak < seen.own_peak
+
+
+def test_the_line_before_the_largest_sum_is_kept(tmp_path: Path) -> None:
+    tell = "sys.stderr.write('{}\\n'); time.sleep(0.8)"
+    hold = f"held = b'x' * {300 * MB}"
+    code = "; ".join(
+        ["import sys, time", tell.format("small"), hold, tell.format("large"), "del held", tell.format("free")]
+    )
+    seen = look(tmp_path, code)
+    assert seen.peak_line in ("small", "large")
+    assert seen.last_lines == ("small", "large", "free")
+
+
+def test_steps_of_a_log() -> None:
+    log = "[1/2] check the model   10.0 s, 3/4 ...\n[1/2] check the model   12.5 s\nnote\n[2/2] draw   0.1 s\n"
+    assert suite.parts(log) == {"check the model": 12.5, "draw": 0.1}
 
 
 def test_memory_of_a_child_in_a_session_of_its_own_is_seen(tmp_path: Path) -> None:
@@ -168,7 +185,7 @@ def test_results_of_another_size_are_not_mixed(tmp_path: Path) -> None:
 def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = ["--output", str(tmp_path / "out")]
     assert command_line.main([*output, "--stages", "model,modle"]) == 2
-    assert "--stages modle" in capsys.readouterr().err
+    assert "--stages modle: the stages are model, build-fp32," in capsys.readouterr().err
     assert command_line.main([*output, "--memory-limit", "0"]) == 2
     assert not (tmp_path / "out").exists()
 
@@ -242,12 +259,41 @@ def test_bundle_and_diffusers_draw_the_same(
 
 
 def test_each_stage_needs_what_one_before_it_makes() -> None:
-    for size in ("sd15", "tiny"):
+    for size, stages in itertools.product(("sd15", "tiny"), (all_stages, growth_stages)):
         made = {"model"}
-        for found in all_stages(size, ["--no-verify"]):
+        for found in stages(size, ["--no-verify"]):
             assert {Path(path).parts[0] for path in found.needs} <= made
             assert ("--no-verify" in found.arguments) == ("build" in found.arguments)
-            made.add(found.makes)
+            made = made - {found.removes} | {found.makes}
+
+
+def test_growth_leaves_no_bundle(tmp_path: Path) -> None:
+    stages = growth_stages("sd15")
+    assert {stage.makes for stage in stages} == {stage.removes for stage in stages}
+    assert [stage.name for stage in stages if stage.name.startswith("build")] == [
+        *("build-512x1", "build-640x1", "build-768x1", "build-1024x1"),
+        *("build-512x2", "build-512x4"),
+    ]
+    controls = [Path(stage.arguments[stage.arguments.index("--control-map") + 1]) for stage in stages if stage.removes]
+    prepare(tmp_path)
+    assert all((tmp_path / control).is_file() for control in controls)
+
+
+def test_what_a_stage_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "_machine", dict)
+    (tmp_path / "made").mkdir()
+    run([stage("last", "pass", removes="made")], tmp_path, size="tiny", limit=GB, name="growth")
+    assert not (tmp_path / "made").exists()
+    assert {"growth.json", "growth.md"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_pinned(tmp_path: Path) -> None:
+    (tmp_path / "told.py").write_text("import os, sys; print(__name__, len(os.sched_getaffinity(0)), sys.argv[1:])")
+    command = [sys.executable, "-m", "benchmarks.real_size.pinned", "1", "told", "--steps", "2"]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "__main__ 1 ['--steps', '2']\n"
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,12 @@ graph (float[n] x) => (int64[1, found] where) {
     where = NonZero (x)
 }
 """
+TWICE = """
+<ir_version: 8, opset_import: ["" : 18]>
+graph (float[n] x) => (float[twice] y) {
+    y = Concat <axis = 0> (x, x)
+}
+"""
 STRINGS = """
 <ir_version: 8, opset_import: ["" : 18]>
 graph (string[n] x) => (string[n] y) {
@@ -119,13 +125,23 @@ def test_wanted_outputs_in_the_wanted_order(engine: OnnxRuntimeEngine) -> None:
         torch.testing.assert_close(got, {name: want[name] for name in got})
 
 
-def test_later_calls_write_torch_memory_directly(engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_memory_is_written_directly(engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = sample(2, 4)
-    engine(inputs)
     monkeypatch.setattr(torch, "tensor", lambda *_args, **_kwargs: pytest.fail("the output was copied"))
     got = engine(inputs)
     monkeypatch.undo()
     torch.testing.assert_close(got, expected(**inputs))
+
+
+def test_sizes_that_no_input_has_are_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = OnnxRuntimeEngine("twice", save(TWICE, tmp_path / "twice.onnx"), threads=1)
+    copied = []
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: copied.append(1) or tensor(*args, **options))
+    for size in (2, 2, 3, 2):
+        x = torch.arange(float(size))
+        torch.testing.assert_close(engine({"x": x}), {"y": torch.cat([x, x])})
+    assert len(copied) == 2, "once for each size"
 
 
 def test_every_problem_of_the_inputs_is_in_one_error(engine: OnnxRuntimeEngine) -> None:

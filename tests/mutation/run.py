@@ -75,6 +75,7 @@ def run_tests(python: Path, copy: Path, tests: list[str], limit: float | None) -
     """Outcome, seconds, and the first test that failed."""
     environment = os.environ | {
         "ICEXPORT_TENSORRT_WHEELS": str(ROOT / ".cache/tensorrt-bindings"),
+        "ICEXPORT_TEST_EXPORTS": str(copy.with_name("exports")),  # no room that is changed has a part in them
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",  # a file that changes twice in a second would be taken for the same
         "PYTHONPATH": str(copy),
@@ -126,6 +127,7 @@ class Judge:
     def __init__(self, python: Path, folder: Path, workers: int, seconds: dict[str, float]) -> None:
         self._python, self._seconds = python, seconds
         self._copies: queue.Queue[Path] = queue.Queue()
+        (folder / "exports").mkdir()
         for index in range(workers):
             copy_repository(folder / f"copy-{index}")
             self._copies.put(folder / f"copy-{index}")

@@ -49,11 +49,27 @@ def constant(model: onnx.ModelProto, name: str, value: float | list[int]) -> str
 
 
 def wrong_epsilon(module: str) -> Callable[[onnx.ModelProto], None]:
-    return lambda model: attribute(node(model, "GroupNormalization", module), "epsilon", 0.1)
+    def make(model: onnx.ModelProto) -> None:
+        variance = node(model, "Sqrt", module).input[0]
+        added = next(n for n in model.graph.node if variance in n.output)
+        added.input[1] = constant(model, "fault.epsilon", 0.1)
+
+    return make
 
 
 def wrong_groups(module: str) -> Callable[[onnx.ModelProto], None]:
-    return lambda model: attribute(node(model, "GroupNormalization", module), "num_groups", 2)
+    """Mean and deviation are those of halves of the channels."""
+
+    def make(model: onnx.ModelProto) -> None:
+        values = {i.name: numpy_helper.to_array(i).tolist() for i in model.graph.initializer if i.dims == [3]}
+        for found in [n for n in model.graph.node if n.op_type == "Reshape" and scopes(n)[-1:] == (module,)]:
+            match values.get(found.input[1]):
+                case [0, int(), -1]:
+                    found.input[1] = constant(model, f"fault.{found.name}", [0, 2, -1])
+                case [1, int(groups), int(channels)]:
+                    found.input[1] = constant(model, f"fault.{found.name}", [1, 2, groups * channels // 2])
+
+    return make
 
 
 def transposed_weight(module: str) -> Callable[[onnx.ModelProto], None]:

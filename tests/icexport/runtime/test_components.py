@@ -9,7 +9,8 @@ from torch import Tensor
 
 from engines.base import TensorSpec
 from icexport.errors import UnsupportedOptionError
-from icexport.runtime.components import EngineControlNet, EngineTextEncoder, as_timestep
+from icexport.host import memory
+from icexport.runtime.components import EngineControlNet, EngineTextEncoder, EngineVae, as_timestep
 
 CONFIG = {
     "block_out_channels": [16, 32],
@@ -85,3 +86,12 @@ def test_attention_masks_are_refused() -> None:
 
     with pytest.raises(UnsupportedOptionError, match="Pass prompt_embeds instead"):
         encoder(torch.zeros(1, 12, dtype=torch.int64), attention_mask=torch.ones(1, 12))
+
+
+def test_the_steps_memory_is_given_back_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    monkeypatch.setattr(memory, "release", lambda: order.append("released"))
+    spy: Any = lambda inputs: order.append("decoded") or {"pixels": inputs["latents"]}  # noqa: E731
+    spy.outputs = Spy.outputs
+    EngineVae(spy, {}).decode(torch.zeros(1, 4, 8, 8))
+    assert order == ["released", "decoded"]

@@ -13,8 +13,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.export import Dim
 
-from engines.attention import DOMAIN, fuse_attention
 from engines.onnxruntime import OnnxRuntimeEngine
+from engines.rewrites.attention import DOMAIN
+from engines.rewrites.rewrite import rewrite
 
 WIDTH, HEADS, TOKENS = 32, 2, 24
 
@@ -86,7 +87,7 @@ def test_the_same_numbers_without_the_scores(path: Path, tmp_path: Path) -> None
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     fused = tmp_path / "fused" / "net.onnx"
 
-    assert fuse_attention(path, fused) == 2
+    assert rewrite(path, fused)["fused_attentions"] == 2
 
     assert operators(path).count("Softmax") == 2
     found = operators(fused)
@@ -104,7 +105,7 @@ def test_the_same_numbers_without_the_scores(path: Path, tmp_path: Path) -> None
 
 
 def test_scale_and_heads_are_the_models(path: Path, tmp_path: Path) -> None:
-    fuse_attention(path, tmp_path / "fused" / "net.onnx")
+    rewrite(path, tmp_path / "fused" / "net.onnx")
 
     fused = onnx.load(tmp_path / "fused" / "net.onnx", load_external_data=False)
     nodes = [node for node in fused.graph.node if node.domain == DOMAIN]
@@ -121,7 +122,7 @@ def test_attention_with_a_mask_stays_as_it_is(tmp_path: Path) -> None:
     path = export(model, tmp_path / "plain" / "net.onnx")
     fused = tmp_path / "fused" / "net.onnx"
 
-    assert fuse_attention(path, fused) == 1
+    assert rewrite(path, fused)["fused_attentions"] == 1
 
     assert operators(fused).count("Softmax") == 1
     given = inputs()
@@ -140,7 +141,7 @@ def test_values_that_others_read_are_kept(path: Path, tmp_path: Path, output: st
     model.graph.output.append(onnx.ValueInfoProto(name=name))
     onnx.save(model, path)
 
-    assert fuse_attention(path, tmp_path / "fused" / "net.onnx") == 1
+    assert rewrite(path, tmp_path / "fused" / "net.onnx")["fused_attentions"] == 1
 
 
 def test_float16(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_float16(tmp_path: Path) -> None:
     path = export(model, tmp_path / "plain" / "net.onnx", dtype=torch.float16)
     fused = tmp_path / "fused" / "net.onnx"
 
-    assert fuse_attention(path, fused) == 2
+    assert rewrite(path, fused)["fused_attentions"] == 2
 
     given = inputs(dtype=torch.float16)
     found = OnnxRuntimeEngine("net", fused, weights=path.parent)(given)["y"]
@@ -159,5 +160,5 @@ def test_float16(tmp_path: Path) -> None:
 def test_a_graph_without_attention_gets_no_copy(tmp_path: Path) -> None:
     path = export(Model(), tmp_path / "plain" / "net.onnx", opset=23)  # has an operator for attention
 
-    assert fuse_attention(path, tmp_path / "fused" / "net.onnx") == 0
+    assert rewrite(path, tmp_path / "fused" / "net.onnx")["fused_attentions"] == 0
     assert not (tmp_path / "fused").exists()

@@ -1,0 +1,1 @@
+"""Forms of a graph that suit one backend better than the plain ONNX of a bundle."""
