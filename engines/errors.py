@@ -5,6 +5,10 @@ class EngineError(Exception):
     """A graph could not be loaded or run."""
 
 
+class OutOfMemoryError(EngineError):
+    """A graph could not be loaded or run because there was not enough memory."""
+
+
 class BackendUnavailableError(EngineError):
     """A backend, or the device it was asked to use, is not usable on this machine."""
 

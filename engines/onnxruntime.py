@@ -13,10 +13,12 @@ from torch import Tensor
 
 from engines import torch_eager
 from engines.base import Availability, TensorSpec, as_device, check_inputs, require_device, select_outputs
-from engines.errors import BackendUnavailableError, EngineError
+from engines.errors import BackendUnavailableError, EngineError, OutOfMemoryError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_LOG_ERRORS_ONLY = 3
+_LOG_FATAL_ONLY = 4
+"""Errors come as exceptions, with the same text."""
+_OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory")
 _DTYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
     "tensor(float)": (torch.float32, np.float32),
     "tensor(float16)": (torch.float16, np.float16),
@@ -125,7 +127,7 @@ class OnnxRuntimeEngine:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # the exceptions of ONNX Runtime have no base class of their own
-            raise EngineError(f"graph {self.name!r} ({self.path}) failed in ONNX Runtime: {error}") from error
+            raise _failure(error, f"graph {self.name!r} ({self.path}) failed in ONNX Runtime: {error}") from error
 
         for name, value in zip(names, binding.get_outputs(), strict=True):
             if name not in results:
@@ -155,7 +157,7 @@ def _open_session(path: Path, weights: Path, device: torch.device, threads: int 
     if not path.is_file():
         raise EngineError(f"there is no ONNX file at {path}. Check the path, or build the graph again.")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.log_severity_level = _LOG_FATAL_ONLY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     # What a call needed goes back at its end: the next call is another graph's, or has another size. Without the arena
     # calls at the size of Stable Diffusion take no longer (benchmarks/real_size), and keep half a gigabyte less.
@@ -176,9 +178,10 @@ def _open_session(path: Path, weights: Path, device: torch.device, threads: int 
         # enable_fallback: without 0, a provider that fails is replaced by the CPU with nothing but a print.
         session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # the exceptions of ONNX Runtime have no base class of their own
-        raise EngineError(
+        raise _failure(
+            error,
             f"ONNX Runtime cannot load {path}: {error}. If the file or the data beside it is damaged or incomplete, "
-            "build the graph again."
+            "build the graph again.",
         ) from error
     if session.get_providers()[0] != provider:
         raise BackendUnavailableError(
@@ -187,6 +190,13 @@ def _open_session(path: Path, weights: Path, device: torch.device, threads: int 
             "version: install the onnxruntime-gpu that matches torch's CUDA version, or use device 'cpu'."
         )
     return session
+
+
+def _failure(error: Exception, text: str) -> EngineError:
+    """Return what to raise for an error of ONNX Runtime, which has no class of its own for a lack of memory."""
+    if any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        return OutOfMemoryError(f"there is not enough memory for ONNX Runtime: {error}")
+    return EngineError(text)
 
 
 def _spec(node: Any, path: Path) -> TensorSpec:

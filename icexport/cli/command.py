@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from typing import Any
 
@@ -27,12 +28,16 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (  # the first that fits c
     (MemoryError, FAILED),
 )
 _SEVERAL = "--target-sm"
+_LESS_MEMORY = {
+    "build": "Build for a smaller --height, --width or --batch-size, or with --no-verify",
+    "generate": "Use --low-memory, a smaller --height and --width, or fewer --num-images",
+}
+"""What a command offers to someone whose machine is too small."""
 
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code that says what kind of failure ``error`` is."""
-    # Both are torch's, which is not to be imported for this; a CPU's has no class of its own.
-    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error):
+    if _is_out_of_memory(error):
         return FAILED
     return next((code for kind, code in _CODES if isinstance(error, kind)), BUG)
 
@@ -70,7 +75,7 @@ class Command(TyperCommand):
             code = exit_code(error)
             if verbosity > (0 if code == BUG else 1):
                 say("".join(traceback.format_exception(error)).rstrip())
-            say(_message(error, code))
+            say(_message(error, code, self.name))
             raise typer.Exit(code) from error
 
 
@@ -85,11 +90,21 @@ def _spread(args: list[str]) -> list[str]:
     return spread
 
 
-def _message(error: BaseException, code: int) -> str:
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    # One of these is torch's, which is not to be imported for this; a CPU's has no class of its own.
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def _message(error: BaseException, code: int, command: str | None) -> str:
     text = str(error) or type(error).__name__
     if code == INTERRUPTED:
         return "Interrupted. Nothing half-written is left; what was there before is untouched."
     if code == BUG:
         kind = type(error).__name__
         return f"A bug of icexport: {kind}: {text}\nPlease report it, with what -v adds and what icexport doctor says."
+    if _is_out_of_memory(error):
+        advice = _LESS_MEMORY.get(command or "", "Use smaller sizes")
+        return f"Error: Out of memory. Nothing half-written is left. {advice}, or free some memory. ({text})"
     return f"Error: {text}"

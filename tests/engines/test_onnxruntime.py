@@ -13,7 +13,7 @@ import torch
 
 from engines import onnxruntime as backend
 from engines.base import TensorSpec
-from engines.errors import BackendUnavailableError, EngineError, ShapeError
+from engines.errors import BackendUnavailableError, EngineError, OutOfMemoryError, ShapeError
 from engines.onnxruntime import OnnxRuntimeEngine
 
 SCALER = """
@@ -44,6 +44,12 @@ TWICE = """
 <ir_version: 8, opset_import: ["" : 18]>
 graph (float[n] x) => (float[twice] y) {
     y = Concat <axis = 0> (x, x)
+}
+"""
+LARGE = """
+<ir_version: 8, opset_import: ["" : 18]>
+graph (int64[1] size) => (float[n] zeros) {
+    zeros = ConstantOfShape (size)
 }
 """
 STRINGS = """
@@ -196,6 +202,24 @@ def test_a_failing_run_names_the_file(engine: OnnxRuntimeEngine) -> None:
     engine.inputs = engine.inputs[:1]  # leaves an input of the session unbound
     with pytest.raises(EngineError, match=r"scaler\.onnx.*scale"):
         engine({"x": torch.zeros(1, 2, 3)})
+
+
+def test_a_lack_of_memory_is_told_from_other_failures(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = OnnxRuntimeEngine("large", save(LARGE, tmp_path / "large.onnx"))
+    with pytest.raises(OutOfMemoryError, match="not enough memory"):
+        engine({"size": torch.tensor([1 << 50])})
+
+    import onnxruntime
+
+    def starved(*_args: object, **_options: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 6 : Exception during initialization: std::bad_alloc")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", starved)
+    with pytest.raises(OutOfMemoryError, match="bad_alloc"):
+        OnnxRuntimeEngine("large", tmp_path / "large.onnx")
+    assert capfd.readouterr().err == "", "ONNX Runtime says nothing of its own"
 
 
 def test_closed(engine: OnnxRuntimeEngine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.errors import BackendUnavailableError, EngineError, ShapeError
+from engines.errors import BackendUnavailableError, EngineError, OutOfMemoryError, ShapeError
 from icexport import __version__
 from icexport.cli import console
 from icexport.cli.command import exit_code
@@ -119,7 +120,7 @@ def test_exit_codes(error: BaseException, code: int) -> None:
 
 
 def failing(error: BaseException):
-    def describe(_path: Path) -> None:
+    def describe(*_args: object, **_options: object) -> None:
         raise error
 
     return describe
@@ -146,17 +147,28 @@ def test_a_bug_is_admitted(icexport, monkeypatch, tmp_path) -> None:
     "error",
     [
         MemoryError("Unable to allocate 8.00 PiB"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),
-        EngineError("graph 'unet' failed in ONNX Runtime: Failed to allocate memory for requested buffer of size 9"),
-        EngineError("The builder ran out of memory: free some, or build smaller shapes"),
+        OutOfMemoryError("there is not enough memory for ONNX Runtime: std::bad_alloc"),
     ],
     ids=lambda error: type(error).__name__,
 )
 def test_running_out_of_memory_is_a_failure_and_no_bug(icexport, monkeypatch, tmp_path, error: BaseException) -> None:
     monkeypatch.setattr("icexport.cli.inspect.describe", failing(error))
     run = icexport("inspect", tmp_path)
-    assert (run.exit_code, run.stdout, run.stderr) == (1, "", f"Error: {error}\n")
+    assert (run.exit_code, run.stdout) == (1, "")
+    assert run.stderr.startswith("Error: Out of memory. ")
+    assert run.stderr.endswith(f"({error})\n")
+
+
+def test_who_runs_out_of_memory_hears_what_needs_less(icexport, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("icexport.builder.build.build", failing(MemoryError()))
+    run = icexport("build", "--cond", "canny", "--output", tmp_path / "bundle")
+    assert "--height, --width or --batch-size, or with --no-verify" in run.stderr
+    monkeypatch.setattr("icexport.bundle.store.Bundle", failing(MemoryError()))
+    run = icexport("generate", tmp_path, "--prompt", "a", "--control-map", __file__)
+    assert "--low-memory" in run.stderr
 
 
 def test_so_is_running_out_of_it_on_a_cpu_and_no_other_error_of_torch(icexport, monkeypatch, tmp_path) -> None:
