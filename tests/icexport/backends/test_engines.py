@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from icexport.backends import table
 from icexport.backends.engines import choose_backend, load_engine
 from icexport.backends.torch_modules import torch_module
 from icexport.bundle.manifest import MANIFEST_NAME
+from icexport.bundle.records import EngineEntry
 from icexport.bundle.store import Bundle
 from icexport.errors import BundleError, DamagedBundleError
 from icexport.graphs.graph import example_inputs
@@ -34,6 +36,15 @@ def test_both_backends_agree_and_are_as_described(tiny_bundle: Path, graph: str)
     expected = torch_engine(inputs)
     for name, found in onnx_engine(inputs).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_an_engine_may_refuse_the_device_it_would_run_on(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(_bundle: Bundle, _key: str, entry: EngineEntry, device: str) -> str:
+        return f"{entry.graph} does not fit {device}"
+
+    monkeypatch.setattr(table.get("torch"), "refusal", refusal)
+    with pytest.raises(BundleError, match="unet does not fit cpu"):
+        load_engine(Bundle(tiny_bundle), "unet", "torch", "cpu")
 
 
 def test_choosing_a_backend(tiny_bundle: Path, dynamic_bundle: Path) -> None:
