@@ -37,7 +37,7 @@ def _replace(graph: ir.Graph, node: ir.Node) -> bool:
         return tape.op(operator, inputs, attributes, name=label, metadata_props=props)
 
     def constant(values: list[int] | float) -> ir.Value:
-        array = np.asarray(values, np.float32 if isinstance(values, float) else np.int64)
+        array = np.asarray(values, np.int64 if isinstance(values, list) else np.float32)
         value = tape.initializer(ir.tensor(array), f"{name}_constant_{len(tape.initializers)}")
         graph.register_initializer(value)
         return value
@@ -45,20 +45,24 @@ def _replace(graph: ir.Graph, node: ir.Node) -> bool:
     channels, rank = x.shape[1], len(x.shape)
     groups, epsilon = node.attributes["num_groups"].as_int(), node.attributes["epsilon"].as_float()
     last, in_groups = constant([-1]), constant([0, groups, -1])
-    one_per_channel = constant([0, channels, *[1] * (rank - 2)])
-    shape = op("Shape", x)
+    per_channel = constant([0, channels, *[1] * (rank - 2)])
 
     def group_mean(rows: ir.Value) -> ir.Value:
         """[B,C,...] to [B,G,1]."""
         return op("ReduceMean", op("Reshape", rows, in_groups), last, keepdims=1)
 
+    def channelwise(values: ir.Value) -> ir.Value:
+        """[B,G,C/G] to [B,C,1,...]; whatever is as large as x keeps its shape, so that memory can be reused."""
+        return op("Reshape", values, per_channel)
+
+    in_channels = constant([1, groups, channels // groups])
     mean = group_mean(op("ReduceMean", x, last, keepdims=0))
-    distance = op("Reshape", op("Sub", op("Reshape", x, in_groups), mean), shape)  # [B,C,...,W]
+    distance = op("Sub", x, channelwise(op("Expand", mean, in_channels)))
     width = op("Cast", op("Shape", x, start=rank - 1), to=ir.DataType.FLOAT)
     variance = group_mean(op("Div", op("ReduceSumSquare", distance, last, keepdims=0), width))
     deviation = op("Sqrt", op("Add", variance, constant(epsilon)))
-    per_group = op("Reshape", scale, constant([1, groups, channels // groups]))
-    factor = op("Reshape", op("Div", per_group, deviation), one_per_channel)
+    weight = op("Reshape", scale, in_channels)
+    factor = channelwise(op("Div", weight, deviation))
     shift = op("Reshape", bias, constant([1, channels, *[1] * (rank - 2)]))
     result = op("Add", op("Mul", distance, factor), shift)
     ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [result])

@@ -62,7 +62,7 @@ def wrong_groups(module: str) -> Callable[[onnx.ModelProto], None]:
 
     def make(model: onnx.ModelProto) -> None:
         values = {i.name: numpy_helper.to_array(i).tolist() for i in model.graph.initializer if i.dims == [3]}
-        for found in [n for n in model.graph.node if n.op_type == "Reshape" and scopes(n)[-1:] == (module,)]:
+        for found in [n for n in model.graph.node if len(n.input) > 1 and scopes(n)[-1:] == (module,)]:
             match values.get(found.input[1]):
                 case [0, int(), -1]:
                     found.input[1] = constant(model, f"fault.{found.name}", [0, 2, -1])
