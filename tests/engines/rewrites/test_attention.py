@@ -16,6 +16,7 @@ from torch.export import Dim
 from engines.onnxruntime import OnnxRuntimeEngine
 from engines.rewrites.attention import DOMAIN
 from engines.rewrites.rewrite import rewrite
+from tests.engines.rewrites.exporting import operators, save
 
 WIDTH, HEADS, TOKENS = 32, 2, 24
 
@@ -55,25 +56,8 @@ def inputs(rows: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
 
 def export(model: nn.Module, path: Path, opset: int = 21, dtype: torch.dtype = torch.float32) -> Path:
     rows = {0: Dim("samples", min=1, max=8)}
-    path.parent.mkdir(parents=True)
-    with torch.no_grad():
-        program = torch.onnx.export(
-            copy.deepcopy(model).to(dtype).eval(),
-            tuple(inputs(dtype=dtype).values()),
-            dynamo=True,
-            opset_version=opset,
-            input_names=["x", "text"],
-            output_names=["y"],
-            dynamic_shapes=(rows, rows),
-            verbose=False,
-        )
-    assert program is not None
-    program.save(path, external_data=True)
-    return path
-
-
-def operators(path: Path) -> list[str]:
-    return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+    module = copy.deepcopy(model).to(dtype)
+    return save(module, inputs(dtype=dtype), ("y",), (rows, rows), path, opset)
 
 
 @pytest.fixture(scope="module")

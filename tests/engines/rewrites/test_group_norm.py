@@ -12,6 +12,7 @@ from torch.export import Dim
 
 from engines.onnxruntime import OnnxRuntimeEngine
 from engines.rewrites.rewrite import rewrite
+from tests.engines.rewrites.exporting import operators, save
 
 CHANNELS, GROUPS = 16, 4
 
@@ -31,26 +32,10 @@ class Model(nn.Module):
         return self.maps(x), self.tokens(x[..., :4, :4].flatten(2))
 
 
-def export(path: Path, *, opset: int = 21, dtype: torch.dtype = torch.float32) -> Path:
-    path.parent.mkdir()
-    with torch.no_grad():
-        program = torch.onnx.export(
-            Model().to(dtype).eval(),
-            (torch.zeros(2, CHANNELS, 16, 24, dtype=dtype),),
-            dynamo=True,
-            opset_version=opset,
-            input_names=["x"],
-            output_names=["maps", "tokens"],
-            dynamic_shapes=({0: Dim("samples"), 2: Dim("rows"), 3: Dim("columns")},),
-            verbose=False,
-        )
-    assert program is not None
-    program.save(path, external_data=True)
-    return path
-
-
-def operators(path: Path) -> list[str]:
-    return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+def export(path: Path, dtype: torch.dtype = torch.float32) -> Path:
+    x = {"x": torch.zeros(2, CHANNELS, 16, 24, dtype=dtype)}
+    free = {0: Dim("samples"), 2: Dim("rows"), 3: Dim("columns")}
+    return save(Model().to(dtype), x, ("maps", "tokens"), (free,), path)
 
 
 @pytest.fixture(scope="module")
