@@ -159,8 +159,8 @@ def _open_session(path: Path, weights: Path, device: torch.device, threads: int 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_FATAL_ONLY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # What a call needed goes back at its end: the next call is another graph's, or has another size. Without the arena
-    # calls at the size of Stable Diffusion take no longer (benchmarks/real_size), and keep half a gigabyte less.
+    # What a call needed goes back at its end: the next call is another graph's, or has another size. An arena would
+    # keep it, with pattern or without.
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = False
     if threads is not None:
