@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ import icexport
 from tests.tiny_models import save_tiny_model
 
 pytest_plugins = ("tests.skips",)
+
+# Tracing makes objects by the million that stay, and looking through them for garbage takes a tenth of its time.
+gc.set_threshold(50_000, 50, 100)
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -67,7 +67,8 @@ def run(
             tell(f"{stage.name}: done before")
             continue
         tell(f"{stage.name} ...")
-        result = found[stage.name] = measure(stage, folder, limit) | {"commit": document["machine"].get("commit")}
+        machine = document["machine"]
+        result = found[stage.name] = measure(stage, folder, limit, machine) | {"commit": machine.get("commit")}
         document["derived"] = derived(found)
         write_whole(folder / f"{name}.json", json.dumps(document, indent=1) + "\n")
         write_whole(folder / f"{name}.md", markdown(document))
@@ -75,13 +76,15 @@ def run(
     return document
 
 
-def measure(stage: Stage, folder: Path, limit: int) -> dict[str, Any]:
-    """Run one stage and return its result."""
+def measure(stage: Stage, folder: Path, limit: int, machine: Mapping[str, str]) -> dict[str, Any]:
+    """Run one stage on a machine that can, and return its result."""
     command = ["python", *stage.arguments]
     result: dict[str, Any] = {"status": SKIPPED, "reason": "", "command": command, "exit_code": None}
     missing = [path for path in stage.needs if not (folder / path).exists()]
     if missing:
         return result | {"reason": f"{', '.join(missing)} is not there"}
+    if stage.instructions not in ("", machine.get("instructions")):
+        return result | {"reason": f"this CPU has no {stage.instructions}"}
     if stage.makes:
         shutil.rmtree(folder / stage.makes, ignore_errors=True)
     (folder / stage.file(".json")).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engines.base import Availability
+from icexport.backends.footprint import Footprint
 from icexport.bundle.engine_store import EngineStore
 from icexport.bundle.records import EngineEntry, GraphEntry
 from icexport.errors import UsageError
@@ -110,6 +111,7 @@ class Backend(ABC):
         takes_targets: whether it builds for GPUs that are named by their compute capability.
         takes_plugins: whether the probe's Triton kernels can be part of its engines.
         capturable: whether no call of its engines waits for the GPU, so that a CUDA graph can record them.
+        footprint: what it takes of a CPU's memory; None: not known.
     """
 
     name: ClassVar[str]
@@ -123,6 +125,7 @@ class Backend(ABC):
     takes_targets: ClassVar[bool] = False
     takes_plugins: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
+    footprint: ClassVar[Footprint | None] = None
 
     @abstractmethod
     def check(self) -> Availability:

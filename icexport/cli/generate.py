@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from icexport.cli.console import Steps, emit, table
-from icexport.cli.options import Backend, BundlePath, Device, Json
+from icexport.cli.options import Backend, BundlePath, Device, Json, Preflight
 from icexport.errors import FidelityError, UsageError
 
 if TYPE_CHECKING:
@@ -75,8 +75,14 @@ def generate(
     backend: Backend = "auto",
     device: Device = None,
     low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="Open each part of the model only while it is needed. Slower.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--low-memory/--no-low-memory",
+            help="Open each part of the model only while it is needed. Slower.  [default: if memory is short]",
+            show_default=False,
+        ),
+    ] = None,
+    preflight: Preflight = True,
     output: Annotated[Path, _Png] = Path("out.png"),
     save_control_map: Annotated[
         Path | None,
@@ -121,7 +127,7 @@ def generate(
             save_control_map.parent.mkdir(parents=True, exist_ok=True)
             save_png(control, save_control_map, {"condition": condition})
 
-        pipe = _load(opened, scheduler, backend=backend, device=device, low_memory=low_memory)
+        pipe = _load(opened, scheduler, backend=backend, device=device, low_memory=low_memory, preflight=preflight)
         pipe.condition = pipe.condition.with_options(**thresholds)  # the score reads pictures as the map was read
         request = Request(
             prompt,

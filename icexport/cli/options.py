@@ -70,6 +70,13 @@ Device = Annotated[
         help="cpu, cuda or cuda:N.  [default: cpu; cuda for TensorRT]",
     ),
 ]
+Preflight = Annotated[
+    bool,
+    typer.Option(
+        "--preflight/--no-preflight",
+        help="Refuse at once what will not fit into memory or on the disk, or try it all the same.",
+    ),
+]
 EngineStore = Annotated[
     Path | None,
     typer.Option(

@@ -25,6 +25,7 @@ from icexport.models.precision import PRECISIONS
 from icexport.models.probe import ProbeConfig
 from icexport.models.sizes import size_multiple
 from icexport.runtime.components import EngineControlNet, EngineTextEncoder, EngineUNet, EngineVae
+from icexport.runtime.needs import Needs
 from icexport.runtime.phases import Phases
 from icexport.runtime.schedulers import load_scheduler
 from icexport.runtime.step import StepGraphs
@@ -51,6 +52,7 @@ class Loaded:
         cuda_graph: whether a step is launched at once.
         probe_kernels: whether the probe runs on Triton kernels of ours.
         low_memory: whether engines are open only while they are needed.
+        needs: what calls are checked against; None: nothing.
         probe: the probe's engine; None: the bundle has none.
     """
 
@@ -59,6 +61,7 @@ class Loaded:
     cuda_graph: bool
     probe_kernels: bool
     low_memory: bool
+    needs: Needs | None
     probe: Engine | None
 
 
@@ -83,7 +86,8 @@ class Controlled:
         safety_checker: StableDiffusionSafetyChecker | None = None,
         cuda_graph: bool = False,
         probe_kernels: bool = False,
-        low_memory: bool = False,
+        low_memory: bool | None = None,
+        preflight: bool = True,
     ) -> Self:
         """Load a bundle; the hash of every file that is used is checked.
 
@@ -97,17 +101,22 @@ class Controlled:
             probe_kernels: whether to read the control with the Triton kernels of ``engines.kernels`` instead of the
                 backend's probe engine; on a GPU.
             low_memory: whether to keep engines open only while they are needed: text encoder, then ControlNet, UNet
-                and probe, then decoder. Each picture then costs their loading, too.
+                and probe, then decoder. Each picture then costs their loading, too. None: if a picture of the usual
+                size does not fit into the free memory otherwise, which is logged.
+            preflight: whether to refuse, here and in every call, what will not fit into the free memory, as far as
+                the backend's needs are known.
 
         Raises:
             BundleError: there is no bundle, or it is damaged, of another schema, or not built for the backend.
             BackendUnavailableError: the backend cannot run on the device.
+            OutOfMemoryError: not even the smallest picture would fit into the free memory.
             UnsupportedOptionError: ``cuda_graph`` or ``probe_kernels`` is not possible here or with ``low_memory``.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         device = device or default_device(bundle, backend)
         name = choose_backend(bundle, backend, device)
-        models, loaded = _load_models(bundle, name, device, cuda_graph, probe_kernels, low_memory)
+        needs = Needs.of(bundle.manifest, name, device) if preflight else None
+        models, loaded = _load_models(bundle, name, device, cuda_graph, probe_kernels, low_memory, needs)
         arguments: dict[str, Any] = {
             **models,
             "tokenizer": CLIPTokenizer.from_pretrained(bundle.folder("tokenizer")),
@@ -157,7 +166,8 @@ class Controlled:
         if device is None or torch.device(device) == self.device:
             return self
         was = self._loaded
-        options = was.cuda_graph, was.probe_kernels, was.low_memory
+        needs = was.needs and Needs.of(was.bundle.manifest, was.backend, device)
+        options = was.cuda_graph, was.probe_kernels, was.low_memory, needs
         models, self._loaded = _load_models(was.bundle, was.backend, device, *options)
         self.register_modules(**models)  # type: ignore[attr-defined]
         if self.safety_checker is not None:  # type: ignore[attr-defined]
@@ -230,6 +240,9 @@ class Controlled:
             if axis != "batch" and value % multiple:
                 raise UsageError(f"{axis} {value}: this model needs multiples of {multiple} pixels.")
         profile.check_shape(maps.shape[2], maps.shape[3])
+        if needs := self._loaded.needs:
+            unopened = needs.weights(low_memory=True) if self._loaded.low_memory else 0.0
+            needs.check(maps.shape[2], maps.shape[3], pictures, unopened)
         each = maps.expand(pictures, -1, -1, -1) if len(maps) == 1 else maps.repeat_interleave(per_prompt, dim=0)
         return maps, each
 
@@ -272,7 +285,8 @@ def _load_models(
     device: str | torch.device,
     cuda_graph: bool,
     probe_kernels: bool,
-    low_memory: bool,
+    low_memory: bool | None,
+    needs: Needs | None,
 ) -> tuple[dict[str, Any], Loaded]:
     """Return the models of a pipeline by their names in diffusers, and how they were loaded."""
     row = table.get(backend)
@@ -284,6 +298,7 @@ def _load_models(
         )
     if low_memory and (cuda_graph or probe_kernels):
         raise UnsupportedOptionError("low_memory=True closes engines that cuda_graph and probe_kernels need open.")
+    low_memory = needs.choose_low_memory(bundle.manifest.profile, low_memory) if needs else bool(low_memory)
     configs = bundle.manifest.configs
     scratch = row.scratch(device)
     load: Callable[[str], Engine] = functools.partial(
@@ -304,7 +319,7 @@ def _load_models(
     probe = None
     if "probe" in bundle.manifest.graphs:
         probe = load_probe_kernels(bundle, device) if probe_kernels else load("probe")
-    return models, Loaded(bundle, backend, cuda_graph, probe_kernels, low_memory, probe)
+    return models, Loaded(bundle, backend, cuda_graph, probe_kernels, low_memory, needs, probe)
 
 
 def _load_feature_extractor(bundle: Bundle) -> CLIPImageProcessor | None:

@@ -17,7 +17,8 @@ from icexport.errors import BundleError
 from icexport.graphs.graph import specs
 from icexport.host import memory
 
-_PHASES = {"text_encoder": "encode", "controlnet": "draw", "unet": "draw", "probe": "draw", "vae_decoder": "decode"}
+PHASES = {"text_encoder": "encode", "controlnet": "draw", "unet": "draw", "probe": "draw", "vae_decoder": "decode"}
+"""The phase in which each graph is needed."""
 
 
 class Phases:
@@ -43,13 +44,13 @@ class Phases:
         Raises:
             BundleError: no phase is known for the graph.
         """
-        if graph not in _PHASES:
+        if graph not in PHASES:
             raise BundleError(f"It is not known when the graph {graph!r} is needed.")
         return PhaseEngine(self, graph)
 
     def get(self, graph: str) -> Engine:
         """Return the open engine of a graph, after closing those that its phase does without."""
-        others = [name for name in self._open if _PHASES[name] != _PHASES[graph]]
+        others = [name for name in self._open if PHASES[name] != PHASES[graph]]
         for name in others:
             self.close(name)
         if others:

@@ -18,6 +18,7 @@ def run(*arguments: str) -> dict[str, object]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_full_size_probe() -> None:
     found = run("--graph", "probe", "--dtype", "fp16")
     assert found["weight_bytes"] == 2 * PARAMETERS["probe"]

@@ -132,12 +132,13 @@ STAGES = [
     stage("crash", "import os; os.kill(os.getpid(), 11)"),
     stage("large", "import time; held = b'x' * 500_000_000; time.sleep(60)"),
     stage("needy", "pass", needs=("made", "nothing")),
+    stage("new", "pass", instructions="AVX512"),
     stage("fed", "open('stages/fed.json', 'w').write('{\"seconds_per_step\": 2.5}')", needs=("made",)),
 ]
 
 
 def test_stages_are_recorded_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "_machine", lambda: {"CPU": "some", "commit": "abc"})
+    monkeypatch.setattr(suite, "_machine", lambda: {"CPU": "some", "commit": "abc", "instructions": "AVX2"})
     told: list[str] = []
     options: dict[str, Any] = {"size": "tiny", "limit": 300 * MB}
     run(STAGES, tmp_path, tell=told.append, **options)
@@ -149,6 +150,7 @@ def test_stages_are_recorded_and_not_run_again(tmp_path: Path, monkeypatch: pyte
         "crash": ("killed", -11),
         "large": ("killed", -9),
         "needy": ("skipped", None),
+        "new": ("skipped", None),
         "fed": ("ok", 0),
     }
     assert found["bad"]["last_lines"][-1] == "ValueError: seven is not six"
@@ -156,6 +158,7 @@ def test_stages_are_recorded_and_not_run_again(tmp_path: Path, monkeypatch: pyte
     assert found["large"]["reason"] == "its processes passed 0.3 GB"
     assert found["large"]["peak_bytes"] > 300 * MB
     assert found["needy"]["reason"] == "nothing is not there"
+    assert found["new"]["reason"] == "this CPU has no AVX512"
     assert found["fed"]["seconds_per_step"] == 2.5
     assert found["good"]["command"][0] == "python"
     assert "large: killed its processes passed 0.3 GB" in told

@@ -135,7 +135,7 @@ def judge(setting: Setting, controlnet: ControlNetModel | None, folder: Path) ->
 
 @torch.no_grad()
 def draw(setting: Setting, controlnet: ControlNetModel, scale: float) -> Tensor:
-    """Return a picture ``[N,3,H,W]`` in [0,1] for every held-out condition; picture i has seed i."""
+    """Return a picture ``[N,3,H,W]`` in [0,1] for every held-out condition, in the arms' precision; its seed is i."""
     models, data, recipe = setting.models, setting.held_out, setting.recipe
     pipe = eager_pipeline(
         unet=models.unet,
@@ -153,7 +153,7 @@ def draw(setting: Setting, controlnet: ControlNetModel, scale: float) -> Tensor:
         guidance_scale=recipe.guidance_scale,
         controlnet_scale=scale,
     )
-    with torch.autocast(models.unet.device.type, torch.bfloat16):
+    with torch.autocast(models.unet.device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
         return draw_request(pipe, maps, request, calls=SizeRange(1, BATCH, BATCH)).pictures
 
 

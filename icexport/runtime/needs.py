@@ -1,0 +1,119 @@
+"""How much memory drawing from a bundle will take, known before any of it is taken."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engines.base import as_device
+from engines.errors import OutOfMemoryError
+from icexport.backends import table
+from icexport.backends.footprint import Footprint
+from icexport.bundle.manifest import Manifest
+from icexport.graphs.profile import Profile
+from icexport.host.memory import available
+from icexport.models.sizes import vae_factor
+from icexport.runtime.phases import PHASES
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a bundle needs on the CPU beside the libraries, in bytes.
+
+    Attributes:
+        phases: the open engines of each phase of a picture.
+        sample: one sample in ControlNet and UNet, for each pixel of the picture.
+        picture: one picture in the decoder, for each of its pixels.
+    """
+
+    phases: Mapping[str, float]
+    sample: float
+    picture: float
+
+    @classmethod
+    def of(cls, manifest: Manifest, backend: str, device: str | torch.device) -> Needs | None:
+        """Return the needs of a bundle; None: they are not known for this backend or device."""
+        footprint = table.get(backend).footprint
+        if footprint is None or as_device(device).type != "cpu":
+            return None
+        phases = dict.fromkeys(PHASES.values(), 0.0)
+        for name, graph in manifest.graphs.items():
+            phases[PHASES[name]] += footprint.weight[manifest.dtype] * sum(graph.dtypes.values())
+        return cls(phases, *per_pixel(manifest.configs, footprint))
+
+    def weights(self, *, low_memory: bool) -> float:
+        """Return the bytes of the engines that are open at one time."""
+        return max(self.phases.values()) if low_memory else sum(self.phases.values())
+
+    def drawing(self, height: int, width: int, pictures: int) -> float:
+        """Return the bytes that a call needs beside open engines, with guidance."""
+        return height * width * pictures * max(2 * self.sample, self.picture)
+
+    def choose_low_memory(self, profile: Profile, wanted: bool | None) -> bool:
+        """Return whether engines are to be open only while they are needed.
+
+        Args:
+            profile: sizes of the bundle.
+            wanted: what the user says; None: nothing, so that they are where a usual picture does not fit otherwise.
+
+        Raises:
+            OutOfMemoryError: not even one picture of the smallest size fits.
+        """
+        low = self._is_short(profile) if wanted is None else wanted
+        self.check(profile.height.min, profile.width.min, 1, self.weights(low_memory=low))
+        return low
+
+    def _is_short(self, profile: Profile) -> bool:
+        needed, free = (
+            self.weights(low_memory=False) + self.drawing(profile.height.opt, profile.width.opt, 1),
+            available(),
+        )
+        if needed > free:
+            logger.warning(
+                "A picture takes about %.1f GB of memory, and %.1f GB are free: each engine is open only while it is "
+                "needed, as with low_memory=True. That takes longer.",
+                needed / 1e9,
+                free / 1e9,
+            )
+        return needed > free
+
+    def check(self, height: int, width: int, pictures: int, weights: float = 0.0) -> None:
+        """Refuse what does not fit into the memory that is free.
+
+        Args:
+            height: height in pixels.
+            width: width in pixels.
+            pictures: number of pictures in one call.
+            weights: bytes of the engines that are not open yet.
+
+        Raises:
+            OutOfMemoryError: it does not fit.
+        """
+        needed, free = weights + self.drawing(height, width, pictures), available()
+        if needed > free:
+            what = "one picture" if pictures == 1 else f"{pictures} pictures at a time"
+            raise OutOfMemoryError(
+                f"Drawing {what}, {height} x {width} px, takes about {needed / 1e9:.1f} GB more memory, and "
+                f"{free / 1e9:.1f} GB are free. With preflight=False or --no-preflight it is tried all the same"
+            )
+
+
+def per_pixel(configs: Mapping[str, Mapping[str, Any]], footprint: Footprint) -> tuple[float, float]:
+    """Return the bytes of one sample in ControlNet and UNet, and of one picture in the decoder, for each pixel.
+
+    Args:
+        configs: configs of ``unet`` and ``vae``, as diffusers has them.
+        footprint: of the backend.
+    """
+    unet, vae = configs["unet"], configs["vae"]
+    level = unet["block_out_channels"][0] / vae_factor(vae) ** 2
+    return _FLOAT32 * level * footprint.sample, _FLOAT32 * vae["block_out_channels"][0] * footprint.picture
