@@ -14,6 +14,7 @@ from torch import Tensor
 from engines import torch_eager
 from engines.base import Availability, TensorSpec, as_device, check_inputs, require_device, select_outputs
 from engines.errors import BackendUnavailableError, EngineError, OutOfMemoryError
+from engines.interrupt import Interruptible
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LOG_FATAL_ONLY = 4
@@ -93,6 +94,7 @@ class OnnxRuntimeEngine:
         self.outputs = tuple(_spec(node, self.path) for node in self._session.get_outputs())
         self._dtypes = {spec.name: spec.dtype for spec in self.outputs}
         self._shapes: dict[tuple[torch.Size, ...], dict[str, torch.Size]] = {}
+        self._run = Interruptible()
 
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Run the graph once; see ``engines.Engine``. Blocks until the outputs are written."""
@@ -124,8 +126,11 @@ class OnnxRuntimeEngine:
         if self.device.type == "cuda":
             # ONNX Runtime works on a stream of its own: what torch still has queued for the bound memory comes first.
             torch.cuda.current_stream(self.device).synchronize()
+        options = _run_options()
         try:
-            session.run_with_iobinding(binding)
+            self._run(
+                lambda: session.run_with_iobinding(binding, options), lambda: setattr(options, "terminate", True)
+            )
         except Exception as error:  # the exceptions of ONNX Runtime have no base class of their own
             raise _failure(error, f"graph {self.name!r} ({self.path}) failed in ONNX Runtime: {error}") from error
 
@@ -148,6 +153,13 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Free the session."""
         self._session = None
+        self._run.close()
+
+
+def _run_options() -> Any:
+    import onnxruntime
+
+    return onnxruntime.RunOptions()
 
 
 def _open_session(path: Path, weights: Path, device: torch.device, threads: int | None) -> Any:

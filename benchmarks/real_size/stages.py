@@ -13,6 +13,8 @@ SIDES = {"sd15": 512, "tiny": 64}
 LARGE = 768
 """Pixels at which the reference model's attention has as many tokens as no Stable Diffusion has at its own size."""
 
+STEPS_OF_GROWTH = 2
+
 _RESULTS = "stages"
 
 
@@ -85,7 +87,7 @@ def growth_stages(size: str, build_options: Sequence[str] = ()) -> list[Stage]:
         bundle = f"bundle-{name}"
         shape = ("--height", str(side), "--width", str(side), "--batch-size", str(batch))
         build = _build("model", "fp32", bundle, (*build_options, *shape))
-        drawn = _generate(bundle, f"control-{side}.png", f"generate-{name}", steps=2, pictures=batch)[2:]
+        drawn = _generate(bundle, f"control-{side}.png", f"generate-{name}", steps=STEPS_OF_GROWTH, pictures=batch)[2:]
         made = (f"{bundle}/icexport.json",)
         stages.append(Stage(f"build-{name}", build, ("model/random.json",), bundle))
         if (side, batch) == (SIDES[size], 1):

@@ -23,7 +23,7 @@ from icexport.host.versions import versions
 
 SCHEMA = 1
 OK, FAILED, KILLED, SKIPPED = "ok", "failed", "killed", "skipped"
-_STEP = re.compile(r"^\[\d+/\d+\] (.*\S) +(\d+\.\d) s$", re.MULTILINE)
+_STEP = re.compile(r"^\[ *\d+/\d+\] (.*\S) +(\d+\.\d) s$", re.MULTILINE)
 _MACHINE = "import json; from icexport.host.versions import machine; print(json.dumps(machine()))"
 
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from icexport.models.sizes import vae_factor
+
+_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -19,3 +24,13 @@ class Footprint:
     weight: Mapping[str, float]
     sample: float
     picture: float
+
+    def per_pixel(self, configs: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+        """Return the bytes of one sample in ControlNet and UNet, and of one picture in the decoder, for each pixel.
+
+        Args:
+            configs: configs of ``unet`` and ``vae``, as diffusers has them.
+        """
+        unet, vae = configs["unet"], configs["vae"]
+        level = unet["block_out_channels"][0] / vae_factor(vae) ** 2
+        return _FLOAT32 * level * self.sample, _FLOAT32 * vae["block_out_channels"][0] * self.picture

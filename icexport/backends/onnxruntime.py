@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.base import Availability
 from icexport.backends.base import Backend, EngineRequest, Made, PlanOptions, found
+from icexport.backends.footprint import Footprint
 from icexport.bundle.records import EngineEntry
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class OnnxRuntime(Backend):
     name = "onnxruntime"
     summary = "ONNX Runtime, CPU and CUDA"
     dtypes = ("fp32", "fp16")
+    footprint = Footprint({"fp32": 4.0, "fp16": 6.0}, sample=83, picture=6.5)
 
     def check(self) -> Availability:
         """See ``Backend.check``."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from icexport.backends import table
 from icexport.backends.base import PlanOptions
 from icexport.builder.options import BuildOptions, BuildSpec
+from icexport.builder.preflight import check_room
 from icexport.bundle.engine_store import EngineStore
 from icexport.bundle.store import Bundle, writing
 from icexport.errors import BundleError, DamagedBundleError, SchemaError
@@ -42,6 +42,7 @@ def build(
     force: bool = False,
     check_hashes: bool = False,
     verify: bool = True,
+    preflight: bool = True,
     progress: Progress = silent,
 ) -> Bundle:
     """Export, check and store one controlled model as a bundle.
@@ -69,6 +70,7 @@ def build(
         check_hashes: before saying that an identical bundle is there, read every file of it and of the model; by
             default, those whose size and time are as recorded are taken to be unchanged.
         verify: run the parity gate.
+        preflight: refuse at once what will not fit into the free memory or on the disk.
         progress: told what is being done; see ``icexport.progress.Progress``.
 
     Returns:
@@ -78,9 +80,10 @@ def build(
         UsageError: an option cannot be used.
         BackendUnavailableError: a named backend cannot build here.
         EngineError: TensorRT could not build a plan.
+        OutOfMemoryError: there is less memory than the build will take.
         CheckpointError: weights are missing, damaged or of another architecture.
         ParityError: an engine does not compute what the model computes; the first bad layer is named.
-        BundleError: the folder is in use, or the disk refuses.
+        BundleError: the folder is in use, or the disk has too little room or refuses.
     """
     workspace = None if workspace_mb is None else workspace_mb << 20
     plans = PlanOptions(tuple(sorted(set(target_sm))), optimization_level, workspace, plugins)
@@ -124,7 +127,8 @@ def build(
     check_source(spec.source)
     store = EngineStore(engine_store)
     with writing(folder) as temporary:
-        _check_space(temporary, spec)
+        if preflight:
+            check_room(temporary, spec)
         write_bundle(spec, key, temporary, store, progress)
     if any(table.get(name).stores for name in spec.backends):
         store.register(folder)
@@ -174,15 +178,3 @@ def _is_intact(bundle: Bundle, key: str) -> bool:
         logger.warning("%s Building it again.", error)
         return False
     return True
-
-
-def _check_space(folder: Path, spec: BuildSpec) -> None:
-    """Refuse before the long work what would end in a full disk after it."""
-    copies = 1 + sum(table.get(name).copies_weights for name in spec.backends)
-    needed = int(1.1 * spec.source.elements() * copies * precision(spec.dtype).bytes)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise BundleError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free; this bundle needs about {needed / 1e9:.1f} GB. Nothing "
-            "was changed. Free some space, or choose another --output."
-        )

@@ -10,7 +10,7 @@ import typer
 
 from icexport.backends import table
 from icexport.cli.console import Steps, emit, show
-from icexport.cli.options import CONDITIONS, Backends, Dtype, EngineStore, Json
+from icexport.cli.options import CONDITIONS, Backends, Dtype, EngineStore, Json, Preflight
 from icexport.cli.summary import engine_rows, graph_rows, parity_rows
 from icexport.errors import UsageError
 
@@ -107,6 +107,7 @@ def build(
         bool, typer.Option("--check-hashes", help="Read every file before an identical bundle is kept.")
     ] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
+    preflight: Preflight = True,
     as_json: Json = False,
 ) -> None:
     """Turn a model into a checked bundle.
@@ -133,6 +134,7 @@ def build(
         force=force,
         check_hashes=check_hashes,
         verify=not no_verify,
+        preflight=preflight,
     )
 
 
@@ -149,6 +151,7 @@ def export(
     opset: _Opset = None,
     output: _ExportOutput = None,
     force: _Force = False,
+    preflight: Preflight = True,
     as_json: Json = False,
 ) -> None:
     """Only write the ONNX graphs.
@@ -159,7 +162,7 @@ def export(
     backend = "onnxruntime" if dtype in runs else ()
     options = {"model": model, "controlnet": controlnet, "probe": probe, "backend": backend, "dtype": dtype}
     sizes = {"height": height, "width": width, "batch_size": batch_size, "shapes": shape or (), "opset": opset}
-    _build(cond, output, Path("exports"), as_json, **options, **sizes, force=force, verify=False)
+    _build(cond, output, Path("exports"), as_json, **options, **sizes, force=force, verify=False, preflight=preflight)
 
 
 def _build(conds: list[str], output: Path | None, root: Path, as_json: bool, **options: Any) -> None:

@@ -150,22 +150,22 @@ class ModelSource:
         folders["controlnet"] = self.controlnet_folder
         return folders | ({} if self.probe_folder is None else {"probe": self.probe_folder})
 
-    def elements(self) -> int:
-        """Return the number of weights of all parts, from the headers of their files.
+    def elements(self) -> dict[str, int]:
+        """Return the number of weights of each part, from the headers of its files.
 
         Raises:
             CheckpointError: a file is damaged or cut short; every such file is named.
         """
-        count, problems = 0, []
-        for path in (p for folder in self._weighty.values() for p in folder.glob("*.safetensors")):
+        counts, problems = dict.fromkeys(self._weighty, 0), []
+        for part, path in ((p, f) for p, folder in self._weighty.items() for f in folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
-                    count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+                    counts[part] += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
             except (OSError, SafetensorError) as error:  # noqa: PERF203  all damaged files are listed
                 problems.append(f"{path} ({error})")
         if problems:
             raise CheckpointError(f"Damaged or cut short: {'; '.join(problems)}. Copy or download again.")
-        return count
+        return counts
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
         """Return the UNet; like all of these, on the CPU, frozen, and checked key by key."""

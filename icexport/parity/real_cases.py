@@ -36,8 +36,6 @@ DRAWING = "draw a picture for its activations"
 PROMPT = "a red house under a blue sky"
 STEPS = 4
 GUIDANCE = 5.0
-DRAWING = "draw a picture for its activations"
-"""What ``progress`` is told."""
 
 
 def real_cases(

@@ -5,24 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engines.base import as_device
 from engines.errors import OutOfMemoryError
 from icexport.backends import table
-from icexport.backends.footprint import Footprint
 from icexport.bundle.manifest import Manifest
 from icexport.graphs.profile import Profile
 from icexport.host.memory import available
-from icexport.models.sizes import vae_factor
 from icexport.runtime.phases import PHASES
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Needs:
         phases = dict.fromkeys(PHASES.values(), 0.0)
         for name, graph in manifest.graphs.items():
             phases[PHASES[name]] += footprint.weight[manifest.dtype] * sum(graph.dtypes.values())
-        return cls(phases, *per_pixel(manifest.configs, footprint))
+        return cls(phases, *footprint.per_pixel(manifest.configs))
 
     def weights(self, *, low_memory: bool) -> float:
         """Return the bytes of the engines that are open at one time."""
@@ -105,15 +101,3 @@ class Needs:
                 f"Drawing {what}, {height} x {width} px, takes about {needed / 1e9:.1f} GB more memory, and "
                 f"{free / 1e9:.1f} GB are free. With preflight=False or --no-preflight it is tried all the same"
             )
-
-
-def per_pixel(configs: Mapping[str, Mapping[str, Any]], footprint: Footprint) -> tuple[float, float]:
-    """Return the bytes of one sample in ControlNet and UNet, and of one picture in the decoder, for each pixel.
-
-    Args:
-        configs: configs of ``unet`` and ``vae``, as diffusers has them.
-        footprint: of the backend.
-    """
-    unet, vae = configs["unet"], configs["vae"]
-    level = unet["block_out_channels"][0] / vae_factor(vae) ** 2
-    return _FLOAT32 * level * footprint.sample, _FLOAT32 * vae["block_out_channels"][0] * footprint.picture

@@ -62,7 +62,8 @@ def test_the_line_before_the_largest_sum_is_kept(tmp_path: Path) -> None:
 
 def test_steps_of_a_log() -> None:
     log = "[1/2] check the model   10.0 s, 3/4 ...\n[1/2] check the model   12.5 s\nnote\n[2/2] draw   0.1 s\n"
-    assert suite.parts(log) == {"check the model": 12.5, "draw": 0.1}
+    log += "[ 1/12] load   2.0 s\n"
+    assert suite.parts(log) == {"check the model": 12.5, "draw": 0.1, "load": 2.0}
 
 
 def test_memory_of_a_child_in_a_session_of_its_own_is_seen(tmp_path: Path) -> None:

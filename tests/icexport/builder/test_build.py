@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import icexport
+from engines.errors import OutOfMemoryError
 from icexport.backends import table
 from icexport.backends.base import EngineRequest, PlanOptions, make_engine
 from icexport.backends.torch_modules import save_torch
 from icexport.builder import build as builder
-from icexport.builder import writer
+from icexport.builder import preflight, writer
+from icexport.builder.options import BuildOptions, BuildSpec
 from icexport.bundle.engine_store import EngineStore
 from icexport.bundle.records import GraphEntry, parity_json
 from icexport.bundle.store import Bundle
@@ -208,12 +210,41 @@ def test_no_probe_is_a_usage_error(tiny_model: Path, tmp_path: Path, no_work: No
 def test_a_full_disk_is_found_first(
     tiny_model: Path, tmp_path: Path, no_work: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builder.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1_000_000))
 
     with pytest.raises(BundleError, match=r"has 0\.0 GB free; this bundle needs about .*Nothing was changed"):
         icexport.build("canny", model=str(tiny_model), output=tmp_path / "bundle")
 
     assert not (tmp_path / "bundle").exists()
+
+
+def test_too_little_memory_is_found_first(
+    tiny_model: Path, tmp_path: Path, no_work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "available", lambda: 500_000_000)
+    options: dict[str, Any] = {"model": str(tiny_model), "output": tmp_path / "bundle", "backend": "onnxruntime"}
+
+    with pytest.raises(OutOfMemoryError, match=r"takes about 0\.8 GB of memory, and 0\.5 GB are free.*--no-preflight"):
+        icexport.build("canny", **options)
+
+    assert not (tmp_path / "bundle").exists()
+    with pytest.raises(pytest.fail.Exception, match="started the long work"):
+        icexport.build("canny", **options, preflight=False)
+
+
+def test_larger_pictures_and_models_need_more(tiny_model: Path) -> None:
+    def needed(**options: Any) -> float:
+        found = BuildOptions(model=str(tiny_model), backends=["onnxruntime"], **options)
+        spec = BuildSpec.of("canny", found)
+        memory = preflight.memory_needed(spec, dict.fromkeys(("unet", "controlnet", "vae"), 10**9))
+        assert memory is not None
+        return memory
+
+    usual, taller, tallest = needed(), needed(height=32), needed(height=48)
+    assert 4e9 < usual < taller
+    assert tallest - taller == pytest.approx(taller - usual)
+    assert needed(batch_size=8) == pytest.approx(taller), "4 pictures twice as high, or twice as many"
+    assert needed(verify=False) < 1e9
 
 
 def test_a_failure_in_the_middle_leaves_the_bundle(
