@@ -83,7 +83,7 @@ def test_every_option_arrives(icexport, fake: Fake) -> None:
             "--batch-size",
             "2",
         ),
-        *("--opset", "20", "--output", "o", "--force", "--check-hashes", "--no-verify"),
+        *("--opset", "20", "--output", "o", "--force", "--check-hashes", "--no-verify", "--no-preflight"),
         *("--target-sm", "86", "89", "--target-sm", "120", "--optimization-level", "1", "--workspace", "64"),
         *("--no-plugins", "--engine-store", "s", "--shape", "64x64", "--shape", "64x128"),
     )
@@ -92,7 +92,8 @@ def test_every_option_arrives(icexport, fake: Fake) -> None:
     wanted |= {"dtype": "fp16", "height": "64:64:128", "width": "64", "batch_size": "2", "opset": 20}
     wanted |= {"target_sm": [86, 89, 120], "optimization_level": 1, "workspace_mb": 64, "plugins": False}
     wanted |= {"engine_store": Path("s"), "shapes": ["64x64", "64x128"]}
-    assert fake.calls == [{**wanted, "output": Path("o"), "force": True, "check_hashes": True, "verify": False}]
+    wanted |= {"output": Path("o"), "force": True, "check_hashes": True, "verify": False, "preflight": False}
+    assert fake.calls == [wanted]
     assert "export unet" in run.stderr
 
 
