@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,9 +47,11 @@ class Interruptible:
         try:
             future.result()
         finally:
-            if not future.done():
+            # To its very end, however often one presses Ctrl-C: it still writes to memory that the caller holds.
+            while not future.done():
                 stop()
-                future.exception()
+                with contextlib.suppress(KeyboardInterrupt):
+                    future.exception()
 
     def close(self) -> None:
         """End the thread."""

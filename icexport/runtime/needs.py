@@ -37,9 +37,9 @@ class Needs:
 
     @classmethod
     def of(cls, manifest: Manifest, backend: str, device: str | torch.device) -> Needs | None:
-        """Return the needs of a bundle; None: they are not known for this backend or device."""
+        """Return the needs of a bundle; None: they are not known for this backend, device or family of models."""
         footprint = table.get(backend).footprint
-        if footprint is None or as_device(device).type != "cpu":
+        if footprint is None or as_device(device).type != "cpu" or not manifest.graphs.keys() <= PHASES.keys():
             return None
         phases = dict.fromkeys(PHASES.values(), 0.0)
         for name, graph in manifest.graphs.items():

@@ -64,6 +64,21 @@ def test_the_call_has_ended_when_the_interruption_is_raised(ctrl_c: threading.Ti
     assert ended.is_set()
 
 
+def test_a_second_ctrl_c_does_not_leave_the_call_behind(ctrl_c: threading.Timer) -> None:
+    stopped, ended = threading.Event(), threading.Event()
+
+    def run() -> None:
+        stopped.wait(20)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        ended.set()
+
+    ctrl_c.start()
+    with pytest.raises(KeyboardInterrupt):
+        Interruptible()(run, stopped.set)
+    assert ended.is_set()
+
+
 def test_only_what_may_be_long_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupt, "_LONG_S", 0.05)
     run, ran_in = Interruptible(), list[bool]()

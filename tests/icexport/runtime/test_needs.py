@@ -52,10 +52,12 @@ def test_drawing_grows_with_pixels_and_pictures(tiny_bundle: Path) -> None:
     assert one >= 4 * 16 * 16 * 16, "one map of the decoder's last level"
 
 
-def test_other_devices_and_backends_are_not_known(tiny_bundle: Path) -> None:
+def test_other_devices_backends_and_families_are_not_known(tiny_bundle: Path) -> None:
     manifest = Bundle(tiny_bundle).manifest
     assert Needs.of(manifest, "onnxruntime", "cuda") is None
     assert Needs.of(manifest, "torch", "cpu") is None
+    manifest.graphs["refiner"] = manifest.graphs["unet"]
+    assert Needs.of(manifest, "onnxruntime", "cpu") is None, "a graph of another family"
 
 
 def test_low_memory_is_chosen_where_it_is_needed(
