@@ -65,6 +65,7 @@ def export_graph(graph: Graph, path: Path, symbols: Mapping[str, SizeRange], ops
         raise ExportError(f"torch returned no program for the graph {graph.name!r}.")
     _forget_origin(program.model)
     program.save(path, external_data=True)
+    _release_weights(program.model)
 
 
 def _dynamic_shape(spec: TensorSpec, dims: Mapping[str, Any]) -> dict[int, Any]:
@@ -74,6 +75,12 @@ def _dynamic_shape(spec: TensorSpec, dims: Mapping[str, Any]) -> dict[int, Any]:
         if isinstance(dimension, str) and symbol_of(dimension) in dims:
             found[axis] = size_of(dimension, dims)
     return found
+
+
+def _release_weights(model: Any) -> None:
+    """Let go of the weights: the exporter's rewrite rules remember the graph that they saw last until the next one."""
+    for weight in model.graph.initializers.values():
+        weight.const_value = None
 
 
 def _forget_origin(model: object) -> None:

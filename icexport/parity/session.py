@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+from onnx import inliner
 from torch import Tensor
+
+_FUNCTIONS = [("", "GroupNormalization")]
+"""Operators of the exported graphs for which ONNX Runtime's CPU provider has no kernel, only their definition."""
 
 
 def open_session(
@@ -21,8 +25,8 @@ def open_session(
         values: names of values in it.
         folder: folder where its weights are.
         frugal: whether to keep the graph as it is and run the nodes in their order, which needs little memory if many
-            values are read on the way: by itself, ONNX Runtime computes the last one first and keeps everything until
-            then.
+            values are read on the way or weights are cast: by itself, ONNX Runtime computes the last one first and
+            keeps everything until then.
     """
     cut = onnx.ModelProto()
     cut.CopyFrom(model)
@@ -32,6 +36,9 @@ def open_session(
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if frugal:
+        # ONNX Runtime would do this itself and put the new nodes last in its order: every cast of a weight further
+        # down would come before them, and the weights be in memory twice.
+        cut = inliner.inline_selected_functions(cut, _FUNCTIONS, inline_schema_functions=True)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.enable_cpu_mem_arena = False

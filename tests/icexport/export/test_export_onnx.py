@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 
 import onnx
@@ -170,3 +172,24 @@ def test_what_torch_cannot_trace_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match="The graph 'odd' could not be exported at opset 21"):
         export_graph(Graph("odd", Untraceable(), (spec,), (spec,)), tmp_path / "odd.onnx", {})
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x @ self.weight,)
+
+
+def test_weights_are_not_held_after_the_export(tmp_path: Path) -> None:
+    """The rewrite rules of the exporter, which are module-level, keep the graph that they saw last."""
+    module, spec = Product(), TensorSpec("x", torch.float32, (4, 4))
+    weight = weakref.ref(module.weight)
+
+    export_graph(Graph("product", module, (spec,), (spec,)), tmp_path / "product.onnx", {})
+
+    del module
+    gc.collect()
+    assert weight() is None
