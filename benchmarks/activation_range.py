@@ -27,8 +27,9 @@ from icexport.export.onnx import export_graph
 from icexport.graphs.graph import Graph
 from icexport.graphs.profile import Profile, SizeRange
 from icexport.graphs.split import split
-from icexport.models.loading import REFERENCE, ModelSource
+from icexport.models.base_model import REFERENCE
 from icexport.models.sizes import size_multiple
+from icexport.models.source import ModelSource
 from icexport.parity.cases import Case, cases
 from icexport.parity.real_cases import PROMPT, STEPS, real_cases
 

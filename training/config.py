@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from icexport import conditions
 from icexport.conditions import Condition
 from icexport.errors import UsageError
-from icexport.models import loading
+from icexport.models.base_model import REFERENCE
 from icexport.models.probe import TimestepConvention
 from icexport.models.taps import TapKind
 from training.data.config import DataConfig
@@ -65,7 +65,7 @@ class ModelConfig:
     """
 
     cond: str
-    base: str = loading.REFERENCE
+    base: str = REFERENCE
     controlnet: str | None = None
     probe: str | None = None
 
@@ -241,7 +241,7 @@ def _condition(tables: Tables) -> str:
     if name not in conditions.names():
         got = "is missing" if name is None else f"is {name!r}"
         raise UsageError(f"The condition {got}: give --cond with one of {', '.join(conditions.names())}.")
-    own = conditions.of_model(name, model.get("base", loading.REFERENCE))
+    own = conditions.of_model(name, model.get("base", REFERENCE))
     tables["condition"] = {**asdict(own), **tables.get("condition", {})}
     return str(name)
 

@@ -15,7 +15,10 @@ from diffusers import ControlNetModel
 
 from icexport.errors import UsageError
 from icexport.models import loading
+from icexport.models.base_model import REFERENCE, find_base
+from icexport.models.hub import locate
 from icexport.models.probe import InnerControlProbe
+from icexport.models.source import controlnet_of
 from training.config import ControlNetRun, ModelConfig, ProbeOptions, ProbeRun
 from training.data.config import DataConfig
 from training.data.loading import open_data
@@ -106,11 +109,11 @@ def train_probe(run: ProbeRun, output: Path, *, resume: bool = True, dry_run: bo
     setup = _begin(run, output)
     models, data = setup.models, setup.data
     folder = None if run.model.controlnet in _NO_CONTROLNET else _part(run.model, "controlnet", run.model.controlnet)
-    controlnet = None if folder is None else loading.load_controlnet(folder, DTYPES[run.training.precision])
+    controlnet = None if folder is None else _load_controlnet(folder, run.model, DTYPES[run.training.precision])
     if run.model.probe is None:
         probe, origin = new_probe(models.unet, run.probe.taps, run.model.cond, **run.probe.sizes), "nothing"
     else:
-        probe = loading.load_probe(loading.locate(run.model.probe), torch.float32)
+        probe = loading.load_probe(locate(run.model.probe), torch.float32)
         origin = run.model.probe
     task = ProbeTask(
         probe,
@@ -158,9 +161,12 @@ def _begin(run: ControlNetRun | ProbeRun, output: Path) -> _Setup:
 def _part(model: ModelConfig, part: str, given: str | None) -> Path | None:
     """Return the folder of a ControlNet or probe: as given, or the base model's own for the condition, or None."""
     if given:
-        return loading.locate(given)
-    folder = loading.find_base(model.base)[0] / f"{part}-{model.cond}"
-    return folder if (folder / "config.json").is_file() else None
+        return locate(given)
+    return find_base(model.base).beside(f"{part}-{model.cond}")
+
+
+def _load_controlnet(place: Path, model: ModelConfig, dtype: torch.dtype) -> ControlNetModel:
+    return loading.load_controlnet(controlnet_of(place, find_base(model.base)), dtype)
 
 
 def _aligning_probe(run: ControlNetRun) -> tuple[InnerControlProbe, str]:
@@ -182,13 +188,13 @@ def _starting_controlnet(run: ControlNetRun, models: BaseModels) -> tuple[Contro
     folder = _part(run.model, "controlnet", given)
     if folder is None and run.preset.start and models.unet.config["cross_attention_dim"] == _SD15_TEXT_WIDTH:
         given = run.preset.start
-        folder = loading.locate(given)
+        folder = locate(given)
     if folder is None:
         raise UsageError(
             f"{run.model.base} has no ControlNet for {run.model.cond} to start from: give --controlnet DIR, or "
             "--controlnet scratch to start from a copy of the UNet's encoder."
         )
-    return loading.load_controlnet(folder, torch.float32), given or str(folder)
+    return _load_controlnet(folder, run.model, torch.float32), given or str(folder)
 
 
 def _of(data: DataConfig, source: str | None) -> DataConfig:
@@ -281,5 +287,5 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 
 def _command(arguments: list[str], model: ModelConfig) -> str:
     """Return a command line of icexport with the base model that this one had."""
-    base = [] if model.base == loading.REFERENCE else ["--model", model.base]
+    base = [] if model.base == REFERENCE else ["--model", model.base]
     return shlex.join(["icexport", *arguments, *base])

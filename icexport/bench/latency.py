@@ -33,7 +33,6 @@ from icexport.progress import Progress, expect, silent
 from icexport.runtime.drawing import Request, draw
 from icexport.runtime.eager import load_eager
 from icexport.runtime.pipeline import InnerControlPipeline
-from icexport.runtime.schedulers import load_scheduler
 
 BASELINE = "diffusers"
 """Name of the eager ``StableDiffusionControlNetPipeline``, in float32 or the bundle's float16."""
@@ -209,8 +208,7 @@ def run_latency(
         gc.collect()
         before, started = _memory(device), time.perf_counter()
         if name == BASELINE:
-            own = load_scheduler(bundle.folder("scheduler"))
-            pipes[name] = load_eager(recorded_source(bundle), precision(manifest.dtype).torch, own, device)
+            pipes[name] = load_eager(recorded_source(bundle), precision(manifest.dtype).torch, device=device)
         else:
             pipes[name] = InnerControlPipeline.from_pretrained(
                 bundle, backend=name, device=device, cuda_graph=cuda_graph

@@ -13,8 +13,9 @@ from icexport.builder.preflight import check_room
 from icexport.bundle.engine_store import EngineStore
 from icexport.bundle.store import Bundle, writing
 from icexport.errors import BundleError, DamagedBundleError, SchemaError
-from icexport.models.loading import REFERENCE, ModelSource
+from icexport.models.base_model import REFERENCE
 from icexport.models.precision import precision
+from icexport.models.source import ModelSource
 from icexport.progress import Progress, expect, silent
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ def build(
     model: str = REFERENCE,
     controlnet: str | None = None,
     probe: str | None = None,
+    vae: str | None = None,
+    variant: str | None = None,
+    model_config: str | None = None,
     backend: str | Sequence[str] = "auto",
     dtype: str = "fp32",
     height: int | str | None = None,
@@ -49,9 +53,14 @@ def build(
 
     Args:
         cond: condition: ``canny``, ``hed``, ``lineart`` or ``depth``.
-        model: base model: ``reference``, a diffusers folder or a Hub id.
-        controlnet: folder or Hub id; default: ``controlnet-<cond>`` in the base model's folder.
+        model: base model: ``reference``, a diffusers folder, a single file (.safetensors, .ckpt, .pth) or a Hub id.
+        controlnet: folder, single file or Hub id; default: ``controlnet-<cond>`` in the base model's folder.
         probe: folder or Hub id; default: ``probe-<cond>`` in the base model's folder; ``none`` for no probe.
+        vae: autoencoder in place of the model's own: folder, single file or Hub id.
+        variant: variant of the weights, such as ``fp16``, for the parts that have it; default: the plain weights, or
+            the only variant that there is.
+        model_config: folder or Hub id with the configs and the tokenizer of a single-file model; default: those of
+            Stable Diffusion 1.
         backend: one or more of ``auto``, ``onnxruntime``, ``torch``, ``tensorrt``, ``tensorrt-rtx``.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         height: height in pixels, or ``min:opt:max``; default: the model's own size.
@@ -91,6 +100,9 @@ def build(
         model=model,
         controlnet=controlnet,
         probe=probe,
+        vae=vae,
+        variant=variant,
+        model_config=model_config,
         backends=[backend] if isinstance(backend, str) else backend,
         dtype=dtype,
         height=height,
@@ -113,7 +125,7 @@ def build(
     if earlier is not None and _is_intact(earlier, key):
         logger.info("%s is up to date (key %s); nothing to do", folder, key[:12])
         return earlier
-    if spec.source.model == REFERENCE:
+    if spec.source.names.model == REFERENCE:
         logger.warning(
             "Using the embedded reference model: 64 x 64 px icons, made for trying things out. Name a real one with "
             "--model DIR|HUB_ID --controlnet DIR|HUB_ID --probe DIR."
@@ -137,7 +149,7 @@ def build(
 
 def _steps(spec: BuildSpec) -> int:
     """Count the steps that a build tells of, apart from what its backends do beyond plans."""
-    graphs = len(spec.source.family.graph_names) - (spec.source.probe_folder is None)
+    graphs = len(spec.source.family.graph_names) - (spec.source.probe is None)
     ranges = precision(spec.dtype).overflows
     plans = sum(table.get(name).stores for name in spec.backends)
     # Model, picture and hashes come once; export, reference, float16 range, plans and parity for each graph.

@@ -30,6 +30,7 @@ from icexport.errors import ExportError
 from icexport.export.precision import WIDE
 from icexport.export.widen import values_of, widen, widen_weights
 from icexport.graphs.graph import Graph
+from icexport.host import memory
 from icexport.models.precision import Precision
 from icexport.parity import bisect
 from icexport.parity.cases import Case
@@ -172,6 +173,8 @@ def measure(
     for number, case in enumerate(case_list, start=1):
         found.append(run_session(session, case.inputs))
         progress(number)
+    del session
+    memory.release()
     high, low = np.array(found, dtype=np.float64).reshape(len(found), -1, 2).transpose(2, 0, 1)
     return {
         name: float((high[:, i] if signed else np.maximum(high[:, i], -low[:, i])).max())

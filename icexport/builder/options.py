@@ -13,9 +13,10 @@ from icexport.export import DEFAULT_OPSET, OPSETS
 from icexport.graphs.profile import Profile, SizeRange
 from icexport.host.files import digest
 from icexport.host.versions import versions
-from icexport.models.loading import REFERENCE, ModelSource
+from icexport.models.base_model import REFERENCE
 from icexport.models.precision import precision
 from icexport.models.sizes import size_multiple, vae_factor
+from icexport.models.source import ModelSource
 
 DEFAULT_BATCH = "1:1:4"
 
@@ -27,6 +28,9 @@ class BuildOptions:
     model: str = REFERENCE
     controlnet: str | None = None
     probe: str | None = None
+    vae: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
     backends: Sequence[str] = ("auto",)
     dtype: str = "fp32"
     height: int | str | None = None
@@ -72,12 +76,20 @@ class BuildSpec:
             able = ", ".join(name for name, backend in table.BACKENDS.items() if backend.takes_targets)
             raise UsageError(f"--target-sm is for --backend {able}; others build for this machine's device only.")
         try:
-            source = ModelSource.find(cond, options.model, options.controlnet, options.probe)
+            source = ModelSource.find(
+                cond,
+                options.model,
+                options.controlnet,
+                options.probe,
+                vae=options.vae,
+                variant=options.variant,
+                model_config=options.model_config,
+            )
         except UsageError:
             _check_condition(cond)  # if it is the name that is wrong, say so
             raise
         # Without a probe there is nothing to have plugins for.
-        plans = options.plans if source.probe_folder is not None else replace(options.plans, plugins=False)
+        plans = options.plans if source.probe is not None else replace(options.plans, plugins=False)
         for backend in backends:
             backend.check_options(plans, options.dtype)
         profile = _profile(source, options, fixed_batch=any(backend.prefers_fixed_batch for backend in backends))
@@ -91,7 +103,7 @@ class BuildSpec:
     def plugins(self) -> bool:
         """Whether an engine is to hold the probe's kernels."""
         takes = any(table.get(name).takes_plugins for name in self.backends)
-        return takes and self.plans.plugins and self.source.probe_folder is not None
+        return takes and self.plans.plugins and self.source.probe is not None
 
     def key(self) -> str:
         """Return the hash of the sources' contents, the options and the tools' versions."""
@@ -140,7 +152,7 @@ def _profile(source: ModelSource, options: BuildOptions, *, fixed_batch: bool) -
     height, width = (own if side is None else side for side in (height, width))
     if height is None or width is None:
         raise UsageError(
-            f"{source.base} does not say its size (unet sample_size is {native}): give --height and --width."
+            f"{source.names.model} does not say its size (unet sample_size is {native}): give --height and --width."
         )
     return Profile(batch, SizeRange.parse(height), SizeRange.parse(width))
 

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from icexport import conditions
@@ -26,6 +26,7 @@ from icexport.export.precision import read_precision
 from icexport.gates.parity_gate import expect_graph, parity_gate, write_report
 from icexport.graphs.graph import Graph, describe
 from icexport.graphs.split import split
+from icexport.host import memory
 from icexport.host.files import Hashes, Stamp
 from icexport.host.versions import versions
 from icexport.models.precision import REFERENCE, precision
@@ -34,6 +35,7 @@ from icexport.models.sizes import size_multiple
 from icexport.parity.compare import FACTOR, MIN_COSINE, Expected
 from icexport.parity.real_cases import real_cases
 from icexport.progress import Progress
+from icexport.runtime.schedulers import settle_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class _Writer:
                 self._expect(graph, lowered)
             module = lowered if from_module else None
             del lowered
+            memory.release()
             if real is not None:
                 entry = self._move_islands(entry, graph, real)
             entries[graph.name] = entry
@@ -88,6 +91,7 @@ class _Writer:
                 engines |= make_engine(backend, self._request(graph.name, entry, module))
             del graph, module, real
             gc.collect()
+            memory.release()
         self._progress("hash the files")
         # Only now: the models are out of memory, which a builder needs for itself.
         for backend in (b for b in backends if not b.from_module):
@@ -122,6 +126,7 @@ class _Writer:
         # The picture needs all graphs at once. They are loaded again one by one afterwards: what is made of one needs
         # the memory of the others.
         real = real_cases(list(split(spec.source, REFERENCE.torch)), spec.source, spec.profile, self._progress)
+        memory.release()
         return map(lambda graph: (graph, real.pop(graph.name)), split(spec.source, REFERENCE.torch))  # noqa: C417
 
     def _expect(self, graph: Graph, lowered: Graph) -> None:
@@ -178,14 +183,14 @@ class _Writer:
     def _copy_small_parts(self) -> None:
         """Copy tokenizer, scheduler, feature extractor, and the probe for kernels outside of the engines."""
         source = self._spec.source
-        if source.probe_folder is not None:
+        if source.probe is not None and source.probe.folder is not None:
             (self._folder / PROBE_FOLDER).mkdir()
             for name in (CONFIG_NAME, WEIGHTS_NAME):
-                shutil.copyfile(source.probe_folder / name, self._folder / PROBE_FOLDER / name)
-        for part in ("tokenizer", "scheduler", "feature_extractor"):
-            if (source.base / part).is_dir():
-                shutil.copytree(source.base / part, self._folder / part, copy_function=shutil.copyfile)
-        if (source.base / "safety_checker").is_dir():
+                shutil.copyfile(source.probe.folder / name, self._folder / PROBE_FOLDER / name)
+        for part, folder in source.base.folders.items():
+            shutil.copytree(folder, self._folder / part, copy_function=shutil.copyfile)
+        settle_scheduler(self._folder / "scheduler", source.config("scheduler")["_class_name"])
+        if (source.base.path / "safety_checker").is_dir():
             logger.warning(
                 "The model has a safety checker, which is not exported: give one to InnerControlPipeline."
                 "from_pretrained(..., safety_checker=...) where you need it."
@@ -193,12 +198,12 @@ class _Writer:
 
     def _manifest(self, key: str, entries: dict[str, GraphEntry], engines: dict[str, EngineEntry]) -> Manifest:
         source, spec = self._spec.source, self._spec
-        parts = ["text_encoder", "controlnet", "unet", "vae", *(["probe"] if source.probe_folder else [])]
+        parts = ["text_encoder", "controlnet", "unet", "vae", *(["probe"] if source.probe else [])]
         configs = {part: source.full_config(part) for part in parts}
         return Manifest(
             key=key,
             condition=ConditionInfo(**conditions.get(source.condition).describe()),
-            source=SourceInfo(source.family.name, source.model, source.controlnet, source.probe, source.files),
+            source=SourceInfo(family=source.family.name, **asdict(source.names), files=source.files),
             dtype=spec.dtype,
             opset=spec.opset,
             profile=spec.profile,

@@ -196,7 +196,7 @@ def rebuild_command(data: Mapping[str, Any], folder: Path, backends: Iterable[st
     options = [
         ("--cond", data["condition"]["name"]),
         ("--model", source["model"]),
-        *((f"--{part}", source[part]) for part in ("controlnet", "probe") if source[part]),
+        *((f"--{part.replace('_', '-')}", source[part]) for part in _PARTS if source.get(part)),
         *(("--backend", backend) for backend in backends),
         ("--dtype", data["dtype"]),
         *sizes,
@@ -204,6 +204,9 @@ def rebuild_command(data: Mapping[str, Any], folder: Path, backends: Iterable[st
         ("--output", str(folder)),
     ]
     return shlex.join(["icexport", "build", *(word for option in options for word in option)])
+
+
+_PARTS = ("controlnet", "probe", "vae", "variant", "model_config")
 
 
 def _condition(data: Mapping[str, Any]) -> ConditionInfo:

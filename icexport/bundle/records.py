@@ -41,6 +41,9 @@ class SourceInfo:
         controlnet: ControlNet as given, likewise; None: beside the base model.
         probe: probe as given, likewise; ``none``: no probe.
         files: SHA-256 of every file of the model, by ``part/file``.
+        vae: autoencoder as given, likewise; None: the base model's.
+        variant: variant of the weights as given.
+        model_config: where the configs of a single file are, as given.
     """
 
     family: str
@@ -48,6 +51,15 @@ class SourceInfo:
     controlnet: str | None
     probe: str | None
     files: dict[str, str]
+    vae: str | None = None
+    variant: str | None = None
+    model_config: str | None = None
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """What the user called the parts, as options of ``icexport.build``."""
+        options = ("model", "controlnet", "probe", "vae", "variant", "model_config")
+        return {name: getattr(self, name) for name in options}
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,45 @@ _Cond = Annotated[
     typer.Option("--cond", metavar="NAME", help=f"{CONDITIONS}. Repeatable: a bundle for each."),
 ]
 _Model = Annotated[
-    str, typer.Option("--model", metavar="reference|DIR|HUB_ID", help="Base model; 'reference' is the embedded one.")
+    str,
+    typer.Option(
+        "--model",
+        metavar="reference|DIR|FILE|HUB_ID",
+        help="Base model: a diffusers folder, a single file, or the embedded one.",
+    ),
 ]
 _ControlNet = Annotated[
     str | None,
     typer.Option(
-        "--controlnet", metavar="DIR|HUB_ID", help="ControlNet.  [default: controlnet-<cond> in the model's folder]"
+        "--controlnet",
+        metavar="DIR|FILE|HUB_ID",
+        help="ControlNet.  [default: controlnet-<cond> in the model's folder]",
     ),
 ]
 _Probe = Annotated[
     str | None,
     typer.Option(
         "--probe", metavar="DIR|HUB_ID|none", help="Probe, or none.  [default: probe-<cond> in the model's folder]"
+    ),
+]
+_Vae = Annotated[
+    str | None,
+    typer.Option("--vae", metavar="DIR|FILE|HUB_ID", help="Autoencoder in place of the model's own."),
+]
+_Variant = Annotated[
+    str | None,
+    typer.Option(
+        "--variant",
+        metavar="NAME",
+        help="Variant of the weights, as fp16, for the parts that have it.  [default: none]",
+    ),
+]
+_ModelConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--model-config",
+        metavar="DIR|HUB_ID",
+        help="Configs and tokenizer of a single-file model.  [default: Stable Diffusion 1's]",
     ),
 ]
 _Height = Annotated[
@@ -87,6 +114,9 @@ def build(
     model: _Model = "reference",
     controlnet: _ControlNet = None,
     probe: _Probe = None,
+    vae: _Vae = None,
+    variant: _Variant = None,
+    model_config: _ModelConfig = None,
     backend: Backends = None,
     dtype: Dtype = "fp32",
     height: _Height = None,
@@ -114,7 +144,8 @@ def build(
 
     Exports every part to ONNX, compares every engine with PyTorch, and stores all of it. An identical bundle is kept.
     """
-    options = {"model": model, "controlnet": controlnet, "probe": probe, "backend": backend or "auto", "dtype": dtype}
+    parts = {"model": model, "controlnet": controlnet, "probe": probe, "vae": vae}
+    options = {**parts, "variant": variant, "model_config": model_config, "backend": backend or "auto", "dtype": dtype}
     sizes = {"height": height, "width": width, "batch_size": batch_size, "shapes": shape or (), "opset": opset}
     plans = {
         "target_sm": target_sm or (),
@@ -143,6 +174,9 @@ def export(
     model: _Model = "reference",
     controlnet: _ControlNet = None,
     probe: _Probe = None,
+    vae: _Vae = None,
+    variant: _Variant = None,
+    model_config: _ModelConfig = None,
     dtype: Dtype = "fp32",
     height: _Height = None,
     width: _Width = None,
@@ -160,7 +194,8 @@ def export(
     """
     runs = table.get("onnxruntime").dtypes or ()  # it runs the graphs as they are, but not in every precision
     backend = "onnxruntime" if dtype in runs else ()
-    options = {"model": model, "controlnet": controlnet, "probe": probe, "backend": backend, "dtype": dtype}
+    parts = {"model": model, "controlnet": controlnet, "probe": probe, "vae": vae}
+    options = {**parts, "variant": variant, "model_config": model_config, "backend": backend, "dtype": dtype}
     sizes = {"height": height, "width": width, "batch_size": batch_size, "shapes": shape or (), "opset": opset}
     _build(cond, output, Path("exports"), as_json, **options, **sizes, force=force, verify=False, preflight=preflight)
 

@@ -15,7 +15,10 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="INPUT", exists=True, help="An align model (.pt) or a ControlNet folder.", show_default=False
+            metavar="INPUT",
+            exists=True,
+            help="An align model (.pt); a base model, ControlNet or autoencoder: a folder or a single file.",
+            show_default=False,
         ),
     ],
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write.", show_default=False)],
@@ -26,12 +29,23 @@ def convert(
         Literal["attn", "conv"] | None,
         typer.Option("--taps", help="Taps of an align model.  [default: as its layers tell]"),
     ] = None,
+    variant: Annotated[
+        str | None, typer.Option("--variant", metavar="NAME", help="Variant of a folder's weights, as fp16.")
+    ] = None,
+    model_config: Annotated[
+        str | None,
+        typer.Option(
+            "--model-config",
+            metavar="DIR|HUB_ID",
+            help="Configs that a single file lacks.  [default: Stable Diffusion 1's]",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion.")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint into safetensors.
 
-    Reads official align models and ControlNet folders; no code inside of them is run.
+    An align model becomes a probe, anything else a folder of diffusers. No code inside of a file is run.
     """
     with Steps() as steps:
         steps.expect(1)
@@ -41,7 +55,7 @@ def convert(
 
         if cond is not None:
             conditions.get(cond)
-        report = run(source, output, cond=cond, taps=taps, force=force)
+        report = run(source, output, cond=cond, taps=taps, variant=variant, model_config=model_config, force=force)
     document = {
         "kind": report.kind,
         "output": str(report.output),

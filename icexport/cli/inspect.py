@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -16,18 +16,20 @@ from icexport.cli.console import emit, show
 from icexport.cli.options import Json
 from icexport.cli.summary import engine_rows, graph_rows, parity_rows
 from icexport.errors import CheckpointError, UsageError
+from icexport.models import kinds
+from icexport.models.weights import PICKLES, find_weights, library_of, tensor_shapes
 
 if TYPE_CHECKING:
     from icexport.bundle.store import Bundle
-
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            exists=True, show_default=False, help="Folder of a bundle, model or probe; .safetensors, .onnx or .plan."
+            exists=True,
+            show_default=False,
+            help="Folder of a bundle, model or probe; a file of weights, .onnx or .plan.",
         ),
     ],
     as_json: Json = False,
@@ -61,10 +63,10 @@ def describe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         document = _onnx(path)
     elif path.suffix == ".plan":
         document = _plan(path)
-    elif path.suffix in _PICKLES:
-        raise UsageError(f"{path} is a pickle, which can hold code: it is not opened here. Use: icexport convert")
+    elif path.suffix in PICKLES:
+        document = _pickle(path)
     else:
-        raise UsageError(f"{path} is no bundle, no model folder, and no .safetensors, .onnx or .plan file.")
+        raise UsageError(f"{path} is no bundle, no model folder, and no file of weights, no .onnx and no .plan file.")
     return document, document
 
 
@@ -137,24 +139,31 @@ def _folder(path: Path) -> dict[str, Any]:
     if not parts and not config:
         raise UsageError(f"{path} is no bundle (icexport.json) and no model folder (model_index.json or config.json).")
     components = [_component(part, path) for part in (parts or [path])]
-    if pickles := sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix in _PICKLES):
-        components.append({"component": "pickles, which are not read", "class": ", ".join(pickles)})
     kind = "model" if parts else "probe" if config.get("_class_name") == "InnerControlProbe" else "component"
     document = {"kind": kind, "path": str(path), "class": config.get("_class_name", "unknown")}
     return {**document, **({} if parts else {"config": config}), "components": components}
 
 
 def _component(folder: Path, root: Path) -> dict[str, Any]:
+    """Describe a component by the weights that would be read."""
     config = _json(folder / "config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    tensors = [tensor for file in files for tensor in _header(file).values()]
+    name = folder.relative_to(root).as_posix()
+    kind = kinds.kind_of_config(config)
+    try:
+        weights = find_weights(folder, library_of(kind.part if kind else name))
+    except (CheckpointError, UsageError) as error:
+        return {"component": name, "class": kinds.class_of(config) or "unknown", "problem": str(error)}
+    files = [Path(file) for file in weights.files if file != weights.index]
+    shapes = [shape for file in files for shape in tensor_shapes(file).values()]
+    dtypes = {dtype for file in files if file.suffix == ".safetensors" for dtype, _ in _header(file).values()}
     return {
-        "component": folder.relative_to(root).as_posix(),
-        "class": config.get("_class_name") or ", ".join(config.get("architectures") or ["unknown"]),
-        "parameters": sum(prod(shape) for _, shape in tensors),
-        "dtypes": sorted({dtype for dtype, _ in tensors}),
+        "component": name,
+        "class": kinds.class_of(config) or "unknown",
+        "parameters": sum(prod(shape) for shape in shapes),
+        "dtypes": sorted(dtypes),
         "MB": sum(file.stat().st_size for file in files) / 1e6,
         "files": [file.name for file in files],
+        **({"variant": weights.variant} if weights.variant else {}),
     }
 
 
@@ -162,34 +171,48 @@ def _safetensors(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     tensors = _header(path)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+    dtypes = sorted({dtype for dtype, _ in tensors.values()})
+    return _tensors(path, "safetensors", {n: shape for n, (_, shape) in tensors.items()}, dtypes, metadata)
+
+
+def _pickle(path: Path) -> dict[str, Any]:
+    """Describe a checkpoint of PyTorch; only tensors and plain containers are read from it."""
+    return _tensors(path, "pickle", tensor_shapes(path), [], {})
+
+
+def _tensors(
+    path: Path, kind: str, shapes: kinds.Shapes, dtypes: list[str], metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    """Describe a file of weights."""
     groups: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for name, (_, shape) in tensors.items():
+    for name, shape in shapes.items():
         group = name.split(".", 1)[0]
         groups[group] += prod(shape)
         counts[group] += 1
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata() or {}
     return {
-        "kind": "safetensors",
+        "kind": kind,
+        "is": kinds.explain(kinds.kind_of_tensors(shapes)),
         "path": str(path),
         "MB": path.stat().st_size / 1e6,
-        "tensors": len(tensors),
+        "tensors": len(shapes),
         "parameters": sum(groups.values()),
-        "dtypes": sorted({dtype for dtype, _ in tensors.values()}),
-        "metadata": metadata,
+        "dtypes": dtypes,
+        "metadata": dict(metadata),
         "groups": [{"name": name, "tensors": counts[name], "parameters": groups[name]} for name in groups],
     }
 
 
-def _header(path: Path) -> dict[str, tuple[str, Sequence[int]]]:
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the type and shape of every tensor of a safetensors file; no weights are read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-            return {name: (found.get_dtype(), found.get_shape()) for name, found in slices.items()}
+            return {name: (found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or cut short: {error}. Copy or download it again.") from error
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from icexport.conditions.base import Condition
 from icexport.errors import ConditionError
 from icexport.fidelity.metrics import depth_rmse, min_max
-from icexport.models.loading import REFERENCE
+from icexport.models.base_model import REFERENCE
 from icexport.models.probe import Normaliser
 from icexport.reference import reference_path
 

@@ -25,9 +25,10 @@ from icexport.export.plugins import inline_plugins
 from icexport.graphs.graph import Graph, specs
 from icexport.graphs.profile import Profile
 from icexport.graphs.split import split
-from icexport.models.loading import ModelSource
+from icexport.host import memory
 from icexport.models.precision import REFERENCE, Precision, precision
 from icexport.models.sizes import size_multiple
+from icexport.models.source import ModelSource
 from icexport.parity.bisect import first_bad_module
 from icexport.parity.cases import cases
 from icexport.parity.compare import COSINE_ERROR, MIN_COSINE, Expected, OutputParity, compare, expect, room
@@ -136,6 +137,7 @@ def parity_gate(
             path = engine.path if isinstance(engine, OnnxRuntimeEngine) else None
             engine.close()
             del engine
+            memory.release()
             results[backend][graph] = {name: _result(output) for name, output in found.items()}
             if not all(found.values()):
                 failures.append(_Failure(graph, backend, found, path))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from icexport.graphs.graph import Graph
-from icexport.models.loading import ModelSource
+from icexport.models.source import ModelSource
 
 
 def split(source: ModelSource, dtype: torch.dtype) -> Iterator[Graph]:

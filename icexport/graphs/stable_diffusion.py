@@ -20,9 +20,9 @@ from engines.base import TensorSpec
 from icexport.errors import UnsupportedOptionError
 from icexport.graphs.graph import Graph
 from icexport.models.family import STABLE_DIFFUSION
-from icexport.models.loading import ModelSource
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.sizes import latent_multiple, residual_channels, vae_factor
+from icexport.models.source import ModelSource
 from icexport.models.taps import Taps
 
 if TYPE_CHECKING:

@@ -184,11 +184,6 @@ def _refuse(problems: list[str]) -> NoReturn:
 
 def _parts(payload: object) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     keys = sorted(map(str, payload)) if isinstance(payload, Mapping) else []
-    if any(key.startswith("controlnet_cond_embedding.") for key in keys):
-        raise CheckpointError(
-            "These are bare ControlNet weights. Put the file, named controlnet_state_dict.pt, into a folder with the "
-            "config.json of the ControlNet that the training began from, and give the folder."
-        )
     parts = [payload.get(key) if isinstance(payload, Mapping) else None for key in ("config", "aggregation_network")]
     if not all(isinstance(part, Mapping) and all(isinstance(key, str) for key in part) for part in parts):
         raise CheckpointError(

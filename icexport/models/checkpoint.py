@@ -1,7 +1,11 @@
-"""What the loaders of weights share: hub downloads, safetensors, and judging a state dict."""
+"""What the loaders of weights share: safetensors, pickles, and judging a state dict. No pickle is read elsewhere."""
 
 from __future__ import annotations
 
+import pickle
+import re
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,6 +68,62 @@ def download(
         raise CheckpointError(
             f"{repo!r} is not a folder, and {file} could not be fetched from a Hub repository of that name: {error}"
         ) from error
+
+
+MAX_PICKLE_BYTES = 16 << 30
+"""Most that is read from a pickle: the ControlNet of SDXL is 5 GB, a base model with its moving average 8 GB."""
+
+# What the readers of zip files and pickles raise on damaged bytes.
+_DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
+def read_pickle(path: Path, max_bytes: int | None = None, *, mapped: bool = False) -> object:
+    """Read tensors and plain containers from a pickle; everything else is refused before it is built.
+
+    Args:
+        path: path of the file.
+        max_bytes: most bytes that it may unpack to; None: ``MAX_PICKLE_BYTES``.
+        mapped: whether tensors may be views of the file, which then takes no memory until they are read.
+
+    Raises:
+        CheckpointError: it is missing, damaged, too large, or asks for anything else.
+    """
+    limit = MAX_PICKLE_BYTES if max_bytes is None else max_bytes
+    try:
+        size = path.stat().st_size
+        if zipfile.is_zipfile(path):  # the layout of torch.save since 1.6: its entries could be compressed
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+            size = max(size, sum(entry.file_size for entry in entries))
+            mapped = mapped and all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        else:
+            mapped = False
+        if size > limit:
+            raise CheckpointError(f"{path} unpacks to {size} bytes: more than {limit} is not read from a pickle.")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            raise CheckpointError(f"{path} is cut short, damaged or not a checkpoint of PyTorch.") from error
+        raise CheckpointError(
+            f"{path} asks for {refused[1].rstrip('.')}, which is neither a tensor nor a plain container; reading it "
+            "could run code, so it is refused. If you trust its origin, open it in a sandbox, and save its tensors, "
+            "with settings as plain dicts and lists, by torch.save."
+        ) from error
+    except _DAMAGE as error:
+        raise CheckpointError(f"{path} is cut short, damaged or not a checkpoint of PyTorch: {error}") from error
 
 
 def state_problems(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> list[str]:

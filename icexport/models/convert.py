@@ -1,22 +1,18 @@
-"""Foreign checkpoints into safetensors folders: the only place that reads pickles.
+"""Foreign checkpoints into safetensors folders.
 
-Two kinds of input: the official InnerControl align model (one ``.pt``), which becomes an ``InnerControlProbe`` folder,
-and a diffusers ControlNet folder, also as InnerControl's training leaves it (old ``.bin`` weights, fields of the
-moving average in its config), which becomes a clean ControlNet folder.
+The official InnerControl align model (one ``.pt``) becomes an ``InnerControlProbe`` folder; a diffusers ControlNet
+folder, also as InnerControl's training leaves it (fields of the moving average in its config), a clean one. Base
+models and components in any other layout that ``icexport build`` takes become folders of diffusers.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import pickle
-import re
-import struct
-import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
@@ -24,36 +20,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from icexport.errors import CheckpointError, UsageError
+from icexport.host.files import digest as digest_of
 from icexport.host.files import replacing, sha256
+from icexport.models import kinds
 from icexport.models.align import read_align_model, to_official
-from icexport.models.checkpoint import read_safetensors, state_problems
-from icexport.models.probe import CONFIG_NAME, WEIGHTS_NAME, InnerControlProbe, TimestepConvention
+from icexport.models.base_model import INDEX_NAME, find_base
+from icexport.models.checkpoint import read_pickle, read_safetensors, state_problems
+from icexport.models.convert_model import CONVERTED, Conversion, component, component_of_file, whole_model
+from icexport.models.part import Part, read_config
+from icexport.models.probe import CONFIG_NAME, WEIGHTS_NAME, TimestepConvention
 from icexport.models.taps import TapKind
+from icexport.models.weights import PICKLES, tensor_shapes
 
 logger = logging.getLogger(__name__)
 
 CONTROLNET_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_CONTROLNET_SOURCES = (CONTROLNET_WEIGHTS_NAME, "diffusion_pytorch_model.bin", "controlnet_state_dict.pt")
-# An align model is 24 MB, with its optimiser state 72 MB; the ControlNet of SDXL is 5 GB.
-_MAX_PROBE_BYTES = 1 << 30
-_MAX_CONTROLNET_BYTES = 16 << 30
+_MAX_PROBE_BYTES = 1 << 30  # an align model is 24 MB, with its optimiser state 72 MB
 # Written by diffusers' moving average of the weights; a ControlNet has no such settings.
 _EMA_FIELDS = frozenset(
     ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
-)
-# What the readers of zip files and pickles raise on damaged bytes.
-_DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zipfile.BadZipFile,
 )
 
 
@@ -62,16 +47,16 @@ class ConvertReport:
     """What ``convert`` did.
 
     Attributes:
-        kind: what the input was.
+        kind: what the input was: ``probe``, ``model``, or a component such as ``controlnet``.
         output: the folder written.
-        source_sha256: hash of the weights file that was read.
+        source_sha256: hash of the weights that were read; of several files, the hash of their hashes.
         tensors: number of tensors of the network.
         values: number of values in them.
         config: the config written.
         warnings: assumptions made; they are logged, too.
     """
 
-    kind: Literal["probe", "controlnet"]
+    kind: str
     output: Path
     source_sha256: str
     tensors: int
@@ -88,18 +73,22 @@ def convert(
     taps: TapKind | None = None,
     control_range: tuple[float, float] | None = None,
     timestep_convention: TimestepConvention = "true",
+    variant: str | None = None,
+    model_config: str | None = None,
     force: bool = False,
 ) -> ConvertReport:
-    """Convert an official align model or a ControlNet folder to safetensors. No code inside the input is ever run.
+    """Convert a checkpoint to a folder of safetensors. No code inside the input is ever run.
 
     Args:
-        source: align model (``.pt``), or a ControlNet folder with its ``config.json``.
+        source: align model (``.pt``), base model, ControlNet or autoencoder, as a folder or a single file.
         output: folder to write; it appears only when complete.
         cond: condition; needed for an align model, which does not record it.
         taps: kind of taps of an align model; needed if neither its dims nor its config tell.
         control_range: reading values (lo, hi) for 0 and 1 of the control map; None: as the align model records, else
             (-1, 1) with a warning.
         timestep_convention: recorded with an align model; the official code uses it with ``"true"``.
+        variant: variant of the weights of a folder, such as ``fp16``.
+        model_config: folder or Hub id with the configs that a single file lacks; None: Stable Diffusion 1's.
         force: replace an output that ``convert`` wrote before.
 
     Raises:
@@ -108,27 +97,77 @@ def convert(
     """
     output = output.resolve()
     _check_output(output, force)
-    if source.is_dir():
-        if taps or control_range:
-            raise UsageError(f"{source} is a ControlNet folder: taps and control range belong to an align model.")
-        return _convert_controlnet(source, output, cond)
-    if not source.is_file():
-        raise UsageError(f"{source} does not exist: give an align model (.pt) or a ControlNet folder.")
-    if source.suffix == ".safetensors":
-        raise UsageError(
-            f"{source} is safetensors already: give an align model (.pt), or a ControlNet folder as a whole."
-        )
-    digest = sha256(source)
-    payload = _read_pickle(source, _MAX_PROBE_BYTES)
-    try:
-        probe, warnings = read_align_model(
-            payload,
+    if not source.exists():
+        raise UsageError(f"{source} does not exist: give a file of weights or a folder.")
+    kind = None if source.is_dir() else kinds.kind_of_tensors(tensor_shapes(source))
+    if kind is None and source.suffix in PICKLES:
+        kind = kinds.ALIGN  # a damaged one, if at all: its reader can tell more
+    if kind == kinds.ALIGN:
+        return _convert_align(
+            source,
+            output,
             condition=cond,
             taps=taps,
             control_range=control_range,
             timestep_convention=timestep_convention,
-            provenance={"source": source.name, "source_sha256": digest},
         )
+    if source.is_file() and (kind is None or not kind.part):
+        raise UsageError(f"{source} cannot be converted: it is {kinds.explain(kind).removesuffix('.')}.")
+    if taps or control_range:
+        raise UsageError(f"{source} is no align model, which taps and control range belong to.")
+    if source.is_dir() and _class_of(source) == kinds.CONTROLNET:
+        return _convert_controlnet(source, output, cond, variant)
+    conversion = _of_folder(source, variant) if kind is None else _of_file(source, kind, model_config)
+    _write(output, conversion.fill)
+    counts = conversion.tensors, conversion.values
+    return ConvertReport(conversion.kind, output, conversion.source_sha256, *counts, conversion.config)
+
+
+def _class_of(folder: Path) -> str:
+    """Return which component a folder is of; empty: a base model, or nothing that is known."""
+    path = folder / CONFIG_NAME
+    kind = kinds.kind_of_config(read_config(path)) if path.is_file() else None
+    return "" if kind is None else kind.part
+
+
+def _of_folder(source: Path, variant: str | None) -> Conversion:
+    name = _class_of(source)
+    if name == "probe":
+        raise UsageError(f"{source} is a probe in icexport's own layout: nothing to convert.")
+    if name:
+        return component(Part.of_folder(name, source, variant))
+    if not (source / "unet").is_dir() and not (source / INDEX_NAME).is_file():
+        raise CheckpointError(
+            f"{source} has no {CONFIG_NAME} that says what it is. Beside the weights of a ControlNet, copy the one of "
+            "the ControlNet that the training began from into it, and pass the folder again."
+        )
+    return whole_model(find_base(str(source), variant=variant))
+
+
+def _of_file(source: Path, kind: kinds.Kind, model_config: str | None) -> Conversion:
+    if kind.part == kinds.CHECKPOINT:
+        return whole_model(find_base(str(source), model_config=model_config))
+    found = component(component_of_file(source, kind, model_config))
+    if model_config is not None:
+        return found
+
+    def fill(folder: Path) -> None:
+        try:
+            found.fill(folder)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} Its config was taken to be Stable Diffusion 1's: name another one with --model-config."
+            ) from error
+
+    return replace(found, fill=fill)
+
+
+def _convert_align(source: Path, output: Path, **options: Any) -> ConvertReport:
+    digest = sha256(source)
+    payload = read_pickle(source, _MAX_PROBE_BYTES)
+    provenance = {"source": source.name, "source_sha256": digest}
+    try:
+        probe, warnings = read_align_model(payload, provenance=provenance, **options)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     for warning in warnings:
@@ -140,31 +179,19 @@ def convert(
     )
 
 
-def _convert_controlnet(folder: Path, output: Path, cond: str | None) -> ConvertReport:
+def _convert_controlnet(folder: Path, output: Path, cond: str | None, variant: str | None) -> ConvertReport:
+    part = Part.of_folder(kinds.CONTROLNET, folder, variant)
     config_path = folder / CONFIG_NAME
-    if not config_path.is_file():
-        raise CheckpointError(
-            f"{folder} has no {CONFIG_NAME}, without which its weights mean nothing: copy the one of the ControlNet "
-            f"that the training began from into it, and pass the folder again."
-        )
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{config_path} is not JSON: {error}") from error
-    class_name = config.get("_class_name") if isinstance(config, dict) else None
-    if class_name == InnerControlProbe.__name__:
-        raise UsageError(f"{folder} is a probe in icexport's own layout: nothing to convert.")
-    if class_name != ControlNetModel.__name__:
-        raise CheckpointError(f"{config_path}: _class_name is {class_name!r}, expected {ControlNetModel.__name__!r}.")
-    weights = next((folder / name for name in _CONTROLNET_SOURCES if (folder / name).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder} has no weights: expected one of {', '.join(_CONTROLNET_SOURCES)}.")
-    config = {name: value for name, value in config.items() if name not in _EMA_FIELDS}
-    digest = sha256(weights)
-    pickled = weights.name != CONTROLNET_WEIGHTS_NAME
-    state = _read_pickle(weights, _MAX_CONTROLNET_BYTES) if pickled else read_safetensors(weights)
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{weights}: holds {type(state)}, expected a dict of tensors.")
+    files = [Path(file) for file in part.weights.files if file != part.weights.index]
+    config = {name: value for name, value in part.config.items() if name not in _EMA_FIELDS}
+    state: dict[str, Any] = {}
+    for weights in files:
+        found = read_pickle(weights) if part.weights.format == "bin" else read_safetensors(weights)
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{weights}: holds {type(found)}, expected a dict of tensors.")
+        state |= found
+    hashes = {file.name: sha256(file) for file in files}
+    weights, digest = files[0], hashes[files[0].name] if len(files) == 1 else digest_of(hashes)
     problems = state_problems(_controlnet_tensors(config, config_path), state)
     if problems:
         raise CheckpointError(f"{weights} does not fit {config_path}:\n  " + "\n  ".join(problems))
@@ -194,37 +221,24 @@ def _controlnet_tensors(config: Mapping[str, Any], path: Path) -> dict[str, Tens
     return tensors
 
 
-def _read_pickle(path: Path, max_bytes: int) -> object:
-    """Read tensors and plain containers from a pickle; everything else is refused before it is built."""
-    try:
-        size = path.stat().st_size
-        if zipfile.is_zipfile(path):  # the layout of torch.save since 1.6: its entries could be compressed
-            with zipfile.ZipFile(path) as archive:
-                size = max(size, sum(entry.file_size for entry in archive.infolist()))
-        if size > max_bytes:
-            raise CheckpointError(f"{path} unpacks to {size} bytes: more than {max_bytes} is not read from a pickle.")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused is None:
-            raise CheckpointError(f"{path} is cut short, damaged or not a checkpoint of PyTorch.") from error
-        raise CheckpointError(
-            f"{path} asks for {refused[1].rstrip('.')}, which is neither a tensor nor a plain container; reading it "
-            f"could run code, so it is refused. If you trust its origin, open it in a sandbox, turn its config into "
-            f"plain dicts and lists, save 'config' and 'aggregation_network' alone with torch.save, and convert that."
-        ) from error
-    except _DAMAGE as error:
-        raise CheckpointError(f"{path} is cut short, damaged or not a checkpoint of PyTorch: {error}") from error
-
-
 def _check_output(output: Path, force: bool) -> None:
     if not output.exists():
         return
     if not force:
         raise UsageError(f"{output} exists: choose another output, or pass force to replace it.")
-    ours = {CONFIG_NAME, WEIGHTS_NAME, CONTROLNET_WEIGHTS_NAME}
-    if not output.is_dir() or not ours.issuperset(path.name for path in output.iterdir()):
+    if not output.is_dir() or not (_is_component(output) or _is_model(output)):
         raise UsageError(f"{output} holds more than a conversion writes: it is not replaced. Choose another output.")
+
+
+def _is_component(output: Path) -> bool:
+    """Tell whether a folder holds nothing but what the conversion of a component writes."""
+    ours = {CONFIG_NAME, WEIGHTS_NAME, CONTROLNET_WEIGHTS_NAME, "model.safetensors"}
+    return ours.issuperset(path.name for path in output.iterdir())
+
+
+def _is_model(output: Path) -> bool:
+    """Tell whether a folder is a model that a conversion wrote."""
+    return (output / INDEX_NAME).is_file() and CONVERTED in read_config(output / INDEX_NAME)
 
 
 def _write(output: Path, fill: Callable[[Path], None]) -> None:

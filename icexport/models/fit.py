@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from icexport.errors import CheckpointError
+from icexport.errors import UsageError
 from icexport.models.family import STABLE_DIFFUSION, Configs, Family, Pair
-from icexport.models.loading import ModelSource
 from icexport.models.probe import ProbeConfig
+from icexport.models.source import ModelSource
 from icexport.models.taps import Taps
 
 
@@ -26,7 +26,7 @@ def check_fit(
         family: what the base model is taken for.
 
     Raises:
-        CheckpointError: a part does not fit; everything that does not is listed.
+        UsageError: a part does not fit; everything that does not is listed.
     """
     problems = [
         f"{part} has {name} = {configs[part][name]!r}, which {family.title} do not"
@@ -43,7 +43,7 @@ def check_fit(
             problems.append(f"the config of unet describes no UNet ({error})")
     problems += [f"{what} differ: {one} and {other}" for what, one, other in pairs if one != other]
     if problems:
-        raise CheckpointError(
+        raise UsageError(
             f"These models do not work together: {'; '.join(problems)}. Choose those that were made for this base "
             "model and condition."
         )
@@ -52,7 +52,7 @@ def check_fit(
 def check_source(source: ModelSource) -> None:
     """Call ``check_fit`` for the parts of a model on this disk."""
     parts = ("unet", "controlnet", "vae", "text_encoder")
-    probe = None if source.probe_folder is None else ProbeConfig.from_dict(source.config("probe"))
+    probe = None if source.probe is None else ProbeConfig.from_dict(source.config("probe"))
     check_fit({part: source.full_config(part) for part in parts}, source.condition, probe, source.family)
 
 

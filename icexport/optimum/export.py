@@ -22,10 +22,10 @@ from icexport.errors import CheckpointError, ExportError
 from icexport.graphs.graph import Graph, example_inputs
 from icexport.graphs.stable_diffusion import controlnet_graph, probe_graph, unet_graph
 from icexport.models.fit import check_source
-from icexport.models.loading import ModelSource
 from icexport.models.precision import precision
 from icexport.models.probe import CONFIG_NAME, InnerControlProbe
 from icexport.models.sizes import latent_multiple, vae_factor
+from icexport.models.source import ModelSource
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,7 +50,7 @@ def controlled(condition: str, model: str, controlnet: str | None = None, probe:
     source = ModelSource.find(condition, model, controlnet, probe)
     conditions.get(condition)
     check_source(source)
-    _check_readable(source.base)
+    _check_readable(source.base.path)
     plain = optimum_parts.get_diffusion_models_for_export
     asked = False
 

@@ -8,7 +8,6 @@ all steps and three seeded cases (``python -m benchmarks.activation_range``).
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 
@@ -23,8 +22,8 @@ from icexport.errors import ConditionError
 from icexport.graphs.graph import Graph
 from icexport.graphs.profile import Profile
 from icexport.host.pictures import to_pixels
-from icexport.models.loading import ModelSource
 from icexport.models.sizes import residual_channels, vae_factor
+from icexport.models.source import ModelSource
 from icexport.parity.cases import Case, counted
 from icexport.parity.compare import COSINE_ERROR, Expected
 from icexport.progress import Progress, silent
@@ -84,7 +83,7 @@ def real_cases(
     ]
     guided = 2 * pictures
     prompt_embeds = torch.cat([one.expand(pictures, -1, -1) for one in embeds])
-    condition = conditions.of_model(source.condition, source.model)
+    condition = conditions.of_model(source.condition, source.names.model)
     control_map = control_picture(condition, height, width).expand(guided, -1, -1, -1)
     scale = torch.ones(guided, len(residual_channels(source.full_config("controlnet"))))
     scheduler = _scheduler(source, steps)
@@ -139,7 +138,7 @@ def _tokens(source: ModelSource, prompt: str) -> dict[str, Tensor]:
 
 def _scheduler(source: ModelSource, steps: int) -> DDIMScheduler:
     """Make DDIM on the model's own noise schedule: no random numbers, and a good guess in few steps."""
-    config = json.loads((source.base / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    config = source.config("scheduler")
     known = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "prediction_type")
     noise = {name: config[name] for name in known if name in config}
     scheduler = DDIMScheduler(**noise, clip_sample=False, timestep_spacing="trailing")  # the first step is pure noise

@@ -13,6 +13,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from icexport.errors import UsageError
 
+_CONFIG_NAME = "scheduler_config.json"
+
 
 @dataclass(frozen=True)
 class SchedulerChoice:
@@ -40,14 +42,24 @@ CHOICES = {
 }
 
 
-def load_scheduler(folder: Path) -> SchedulerMixin:
+def load_scheduler(folder: Path, name: str | None = None) -> SchedulerMixin:
     """Return the scheduler that a folder's ``scheduler_config.json`` describes.
+
+    Args:
+        folder: folder of the scheduler.
+        name: class to load it by, whatever its config says; None: the one that it names.
 
     Raises:
         UsageError: the class is not one of diffusers' schedulers.
     """
-    config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
-    return scheduler_class(config["_class_name"]).from_config(config)
+    config = json.loads((folder / _CONFIG_NAME).read_text(encoding="utf-8"))
+    return scheduler_class(name or config["_class_name"]).from_config(config)
+
+
+def settle_scheduler(folder: Path, name: str) -> None:
+    """Let a scheduler's config name the class that it is loaded by, where it names another; see ``load_scheduler``."""
+    if json.loads((folder / _CONFIG_NAME).read_text(encoding="utf-8")).get("_class_name") != name:
+        load_scheduler(folder, name).save_pretrained(folder)
 
 
 def choose_scheduler(name: str, own: SchedulerMixin) -> SchedulerMixin:

@@ -23,7 +23,7 @@ from benchmarks.real_size.report import derived, markdown
 from benchmarks.real_size.stages import Stage, all_stages, growth_stages, prepare
 from benchmarks.real_size.suite import OtherResultsError, run
 from benchmarks.real_size.watch import Watched, watch
-from icexport.models.loading import ModelSource
+from icexport.models.source import ModelSource
 
 MB = 1_000_000
 GB = 1000 * MB

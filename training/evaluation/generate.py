@@ -19,8 +19,8 @@ from icexport.errors import UsageError
 from icexport.graphs.profile import SizeRange
 from icexport.host.files import write_whole
 from icexport.host.pictures import save_png, to_image, to_pixels
-from icexport.models.loading import ModelSource
 from icexport.models.precision import precision
+from icexport.models.source import ModelSource
 from icexport.progress import Progress
 from icexport.runtime.drawing import Request, draw
 from icexport.runtime.eager import load_eager
@@ -128,7 +128,8 @@ def load_model(
         CheckpointError: weights are missing or damaged.
     """
     source = ModelSource.find(condition, model, controlnet, "none")
-    scheduler = choose_scheduler(sampling.scheduler, load_scheduler(source.base / "scheduler"))
+    own = load_scheduler(source.base.folders["scheduler"], source.config("scheduler")["_class_name"])
+    scheduler = choose_scheduler(sampling.scheduler, own)
     pipe = load_eager(source, precision(dtype).torch, scheduler, device or "cpu")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     given = {"model": model, "controlnet": controlnet, "dtype": dtype}

@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from icexport.conditions import Condition
 from icexport.models import loading
+from icexport.models.base_model import find_base
 from icexport.models.fit import check_fit
 from icexport.models.probe import InnerControlProbe
 from icexport.models.sizes import size_multiple, vae_factor
@@ -274,16 +275,16 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> BaseModels:
     Raises:
         CheckpointError: a part is missing, damaged, of another layout, or of a kind that cannot be trained on.
     """
-    folder, family = loading.find_base(name)
+    base = find_base(name)
     models = BaseModels(
-        unet=loading.load_unet(folder / "unet", dtype),
-        vae=loading.load_vae(folder / "vae", dtype),
-        text_encoder=loading.load_text_encoder(folder / "text_encoder", dtype),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=loading.load_unet(base.parts["unet"], dtype),
+        vae=loading.load_vae(base.parts["vae"], dtype),
+        text_encoder=loading.load_text_encoder(base.parts["text_encoder"], dtype),
+        tokenizer=loading.load_tokenizer(base.folders["tokenizer"]),
         # Files of samplers do not name clip_sample, whose default clips latents.
-        scheduler=DDPMScheduler.from_config(DDPMScheduler.load_config(folder / "scheduler"), clip_sample=False),
+        scheduler=DDPMScheduler.from_config(base.scheduler_config(), clip_sample=False),
     )
-    check_fit(models.configs, condition="", family=family)
+    check_fit(models.configs, condition="", family=base.family)
     return models
 
 

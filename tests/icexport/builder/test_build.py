@@ -27,7 +27,7 @@ from icexport.export.onnx import export_graph
 from icexport.graphs.split import split
 from icexport.graphs.stable_diffusion import probe_graph, unet_graph
 from icexport.host.files import Hashes
-from icexport.models.loading import ModelSource
+from icexport.models.source import ModelSource
 from icexport.progress import silent
 from tests.hashing import hash_files
 
@@ -182,7 +182,7 @@ def test_missing_and_damaged_weights_are_found_first(tiny_model: Path, tmp_path:
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
 
-    with pytest.raises(CheckpointError, match="cut short: .*vae"):
+    with pytest.raises(CheckpointError, match="vae.*cut short"):
         icexport.build("canny", model=str(model), output=tmp_path / "bundle")
 
     assert not (tmp_path / "bundle").exists()
@@ -190,13 +190,12 @@ def test_missing_and_damaged_weights_are_found_first(tiny_model: Path, tmp_path:
 
 def test_weights_that_are_not_there(tiny_model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    weights = model / "text_encoder" / "model.safetensors"
-    weights.rename(weights.with_name("pytorch_model.bin"))
+    (model / "text_encoder" / "model.safetensors").unlink()
 
-    with pytest.raises(CheckpointError, match=r"text_encoder has no safetensors file; it has only pytorch_model\.bin"):
+    with pytest.raises(CheckpointError, match=r"text_encoder has no weights: no \.safetensors file"):
         icexport.build("canny", model=str(model), output=tmp_path / "bundle")
 
-    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["model"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_no_probe_is_a_usage_error(tiny_model: Path, tmp_path: Path, no_work: None) -> None:

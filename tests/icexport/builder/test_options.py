@@ -15,7 +15,7 @@ from icexport.builder.options import BuildOptions, BuildSpec
 from icexport.errors import CheckpointError, ConditionError, UsageError
 from icexport.graphs.profile import SizeRange
 from icexport.models.fit import check_source
-from icexport.models.loading import ModelSource
+from icexport.models.source import ModelSource
 
 
 def spec(folder: Path, cond: str = "canny", backend: str | list[str] = "onnxruntime", **options: Any) -> BuildSpec:
@@ -81,7 +81,7 @@ def test_backends_are_resolved_once(tiny_model: Path) -> None:
         ({"height": 0}, UsageError, "1 <= min"),
         ({"batch_size": "4:2:1"}, UsageError, "1 <= min <= opt <= max"),
         ({"batch_size": "many"}, UsageError, "Cannot read the size 'many'"),
-        ({"model": "/nowhere"}, CheckpointError, "/nowhere is neither a folder nor a Hub id"),
+        ({"model": "/nowhere"}, CheckpointError, "/nowhere is neither a file, nor a folder, nor a Hub id"),
         ({"controlnet": "/nowhere"}, CheckpointError, "/nowhere"),
     ],
 )
@@ -156,7 +156,7 @@ def test_every_misfit_is_listed(copy: Path) -> None:
     configure(copy / "text_encoder", use_attention_mask=True)
     configure(copy / "probe-canny", dims=[8, 8], time_embed_dim=1280, condition="hed")
 
-    with pytest.raises(CheckpointError, match="do not work together") as caught:
+    with pytest.raises(UsageError, match="do not work together") as caught:
         check_source(ModelSource.find("canny", str(copy)))
 
     for problem in (
@@ -177,7 +177,7 @@ def test_every_misfit_is_listed(copy: Path) -> None:
 def test_a_unet_config_that_makes_no_sense(copy: Path) -> None:
     configure(copy / "unet", addition_embed_type="text_time")
 
-    with pytest.raises(CheckpointError, match="addition_embed_type = 'text_time'.*describes no UNet"):
+    with pytest.raises(UsageError, match="addition_embed_type = 'text_time'.*describes no UNet"):
         check_source(ModelSource.find("canny", str(copy)))
 
 

@@ -47,13 +47,13 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     found: Counter[str] = Counter()
     load, load_probe = loading._load, loading.load_probe
 
-    def counted(kind: Any, folder: Path, dtype: Any) -> Any:
-        found[folder.name] += 1
-        return load(kind, folder, dtype)
+    def counted(kind: Any, name: str, part: Any, dtype: Any) -> Any:
+        found[getattr(part, "folder", part).name] += 1
+        return load(kind, name, part, dtype)
 
-    def counted_probe(folder: Path, dtype: Any) -> Any:
-        found[folder.name] += 1
-        return load_probe(folder, dtype)
+    def counted_probe(part: Any, dtype: Any) -> Any:
+        found[getattr(part, "folder", part).name] += 1
+        return load_probe(part, dtype)
 
     monkeypatch.setattr(loading, "_load", counted)
     monkeypatch.setattr(loading, "load_probe", counted_probe)
@@ -207,9 +207,9 @@ def test_a_model_that_changes_while_it_is_read_is_not_kept(
 ) -> None:
     load = loading.load_vae
 
-    def late(folder: Path, dtype: Any) -> Any:
-        found = load(folder, dtype)
-        os.utime(folder / "config.json")
+    def late(part: Any, dtype: Any) -> Any:
+        found = load(part, dtype)
+        os.utime(part.config_path)
         return found
 
     monkeypatch.setattr(loading, "load_vae", late)

@@ -24,8 +24,8 @@ from icexport.gates import parity_gate as parity_gate_module
 from icexport.gates.parity_gate import PLUGIN_GRAPH, expected_of, parity_gate
 from icexport.graphs.graph import Graph
 from icexport.graphs.split import split
-from icexport.models.loading import ModelSource
 from icexport.models.precision import precision
+from icexport.models.source import ModelSource
 from icexport.progress import silent
 
 

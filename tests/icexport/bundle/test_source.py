@@ -9,15 +9,15 @@ import pytest
 from icexport.bundle.source import recorded_source
 from icexport.bundle.store import Bundle
 from icexport.errors import CheckpointError
-from icexport.models.loading import ModelSource
+from icexport.models.source import ModelSource
 
 
 def test_all_of_its_parts_are_those_of_the_build(tiny_bundle: Path, dynamic_bundle: Path, tiny_model: Path) -> None:
     whole, probeless = (recorded_source(Bundle(folder)) for folder in (tiny_bundle, dynamic_bundle))
 
     assert whole.files == ModelSource.find("canny", str(tiny_model)).files
-    assert whole.probe_folder is not None
-    assert probeless.probe_folder is None, "as it was built, and not the probe that lies there"
+    assert whole.probe is not None
+    assert probeless.probe is None, "as it was built, and not the probe that lies there"
 
 
 def test_another_controlnet_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:

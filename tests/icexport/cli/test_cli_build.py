@@ -86,11 +86,13 @@ def test_every_option_arrives(icexport, fake: Fake) -> None:
         *("--opset", "20", "--output", "o", "--force", "--check-hashes", "--no-verify", "--no-preflight"),
         *("--target-sm", "86", "89", "--target-sm", "120", "--optimization-level", "1", "--workspace", "64"),
         *("--no-plugins", "--engine-store", "s", "--shape", "64x64", "--shape", "64x128"),
+        *("--vae", "v", "--variant", "fp16", "--model-config", "mc"),
     )
     assert run.exit_code == 0, run.stderr
     wanted = {"cond": "canny", "model": "m", "controlnet": "c", "probe": "p", "backend": ["torch", "onnxruntime"]}
     wanted |= {"dtype": "fp16", "height": "64:64:128", "width": "64", "batch_size": "2", "opset": 20}
     wanted |= {"target_sm": [86, 89, 120], "optimization_level": 1, "workspace_mb": 64, "plugins": False}
+    wanted |= {"vae": "v", "variant": "fp16", "model_config": "mc"}
     wanted |= {"engine_store": Path("s"), "shapes": ["64x64", "64x128"]}
     wanted |= {"output": Path("o"), "force": True, "check_hashes": True, "verify": False, "preflight": False}
     assert fake.calls == [wanted]
@@ -142,7 +144,7 @@ def test_conditions_are_checked_before_anything_is_built(icexport, fake: Fake, a
         (("--height", "big"), "Cannot read the size"),
         (("--batch-size", "4:2:1"), "min <= opt <= max"),
         (("--opset", "9"), "choose one of"),
-        (("--probe", "none", "--controlnet", "/no/such/folder"), "neither a folder nor a Hub id"),
+        (("--probe", "none", "--controlnet", "/no/such/folder"), "neither a file, nor a folder, nor a Hub id"),
     ],
 )
 def test_wrong_values_change_nothing(icexport, tiny_model: Path, tmp_path: Path, args, message: str) -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from icexport.bundle.store import Bundle
 from icexport.cli import check
 from icexport.errors import IcexportError
 from icexport.models.probe import InnerControlProbe
+from tests.icexport.models.converting import RunsCode
+from tests.icexport.models.originals import state_of
 from tests.steps import shown_steps
 
 
@@ -76,14 +80,43 @@ def test_onnx_file(icexport, tiny_bundle: Path) -> None:
     assert found["data_files"] == ["probe.onnx.data"]
 
 
-def test_pickles_are_named_not_opened(icexport, tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "controlnet"
-    shutil.copytree(tiny_model / "controlnet-canny", folder)
-    (folder / "diffusion_pytorch_model.bin").write_bytes(b"anything")
-    assert document(icexport, "inspect", folder)["components"][-1]["class"] == "diffusion_pytorch_model.bin"
-    run = icexport("inspect", folder / "diffusion_pytorch_model.bin")
-    assert run.exit_code == 2
-    assert "icexport convert" in run.stderr
+def test_what_a_file_is(icexport, tiny_model: Path, tmp_path: Path) -> None:
+    """Whatever it is, be it a pickle; code in one is not run."""
+    state = state_of(tiny_model / "controlnet-canny")
+    torch.save(state, tmp_path / "control.pth")
+    save_file({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    save_file({f"layers.{i}": torch.zeros(2) for i in range(3)}, tmp_path / "else.safetensors")
+    torch.save({"a": RunsCode(tmp_path / "ran")}, tmp_path / "code.ckpt")
+
+    found = document(icexport, "inspect", tmp_path / "control.pth")
+    assert (found["kind"], found["is"]) == ("pickle", "a ControlNet")
+    assert found["parameters"] == sum(tensor.numel() for tensor in state.values())
+    assert document(icexport, "inspect", tmp_path / "lora.safetensors")["is"].startswith("a LoRA. Load it")
+    assert document(icexport, "inspect", tmp_path / "else.safetensors")["is"] == "nothing that icexport knows"
+    run = icexport("inspect", tmp_path / "code.ckpt")
+    assert run.exit_code == 1
+    assert "could run code, so it is refused" in " ".join(run.stderr.split())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_tells_what_would_be_read(icexport, tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    state = state_of(model / "unet")
+    torch.save(state, weights.with_suffix(".bin"))
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+
+    parts = {part["component"]: part for part in document(icexport, "inspect", model)["components"]}
+
+    assert parts["unet"]["files"] == ["diffusion_pytorch_model.bin"], (
+        "plain weights go before a variant, as in diffusers"
+    )
+    assert parts["unet"]["parameters"] == sum(tensor.numel() for tensor in state.values())
+    assert "has no weights" in parts["vae"]["problem"]
+    weights.with_suffix(".bin").unlink()
+    parts = {part["component"]: part for part in document(icexport, "inspect", model)["components"]}
+    assert parts["unet"]["variant"] == "fp16"
 
 
 def test_damaged_and_unknown_things(icexport, tiny_model: Path, tiny_bundle: Path, tmp_path: Path) -> None:

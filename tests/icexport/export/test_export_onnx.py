@@ -22,9 +22,9 @@ from icexport.graphs.graph import Graph, example_inputs, size_of
 from icexport.graphs.profile import Profile, SizeRange
 from icexport.graphs.split import split
 from icexport.graphs.stable_diffusion import GRAPH_NAMES, probe_graph, vae_decoder_graph
-from icexport.models.loading import ModelSource
 from icexport.models.precision import PRECISIONS
 from icexport.models.probe import InnerControlProbe
+from icexport.models.source import ModelSource
 from icexport.parity.cases import cases
 from icexport.parity.compare import compare, expect, relative_error
 from tests.tiny_models import tiny_probe, tiny_unet

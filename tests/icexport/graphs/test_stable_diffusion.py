@@ -11,8 +11,8 @@ from torch import Tensor
 from icexport.errors import UnsupportedOptionError
 from icexport.graphs import stable_diffusion as g
 from icexport.graphs.graph import example_inputs, size_of
-from icexport.models.loading import ModelSource
 from icexport.models.sizes import latent_multiple, residual_channels, size_multiple, vae_factor
+from icexport.models.source import ModelSource
 from icexport.models.taps import Taps
 from tests.tiny_models import TEXT_LENGTH, tiny_probe, tiny_unet
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from icexport.errors import CheckpointError, UsageError
@@ -268,7 +269,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes) -> None:
 
 
 def test_compressed_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icexport.models.convert._MAX_PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr("icexport.models.checkpoint.MAX_PICKLE_BYTES", 1 << 20)
     source = tmp_path / "align.pt"
     with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/0", bytes(2 << 20))
@@ -282,12 +283,14 @@ def test_compressed_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("align.pt", {"cond": None}, "does not record its condition: give its name"),
         ("missing.pt", {}, "does not exist"),
-        ("probe.safetensors", {}, "safetensors already"),
+        ("probe.safetensors", {}, "cannot be converted: it is nothing that icexport knows"),
+        ("lora.safetensors", {}, "cannot be converted: it is a LoRA.*fuse_lora"),
     ],
 )
 def test_wrong_use(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
     torch.save(payload(), tmp_path / "align.pt")
-    (tmp_path / "probe.safetensors").touch()
+    save_file({f"layers.{i}": torch.zeros(1) for i in range(3)}, tmp_path / "probe.safetensors")
+    save_file({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
     with pytest.raises(UsageError, match=message):
         convert(tmp_path / name, tmp_path / "probe", **{"cond": "hed", "taps": "attn", **options})
 

@@ -97,9 +97,9 @@ def test_controlnet_tensors_that_share_memory(tmp_path: Path, controlnet: Path) 
 def test_controlnet_weights_without_config(tmp_path: Path, controlnet: Path) -> None:
     to_pickle(controlnet, "controlnet_state_dict.pt")
     (controlnet / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no config.json.*pass the folder"):
+    with pytest.raises(CheckpointError, match=r"no config.json that says.*pass the folder"):
         convert(controlnet, tmp_path / "clean")
-    with pytest.raises(CheckpointError, match=r"bare ControlNet weights.*folder with the config.json"):
+    with pytest.raises(CheckpointError, match=r"taken to be Stable Diffusion 1's: .*--model-config"):
         convert(controlnet / "controlnet_state_dict.pt", tmp_path / "clean")
 
 
@@ -147,8 +147,8 @@ def garble_config(folder: Path) -> None:
         (pickle_list, "expected a dict of tensors"),
         (widen, r"does not fit.*\n  controlnet_down_blocks.3.bias: shape \[32\], expected \[64\]"),
         (empty_blocks, "config.json does not describe a ControlNet"),
-        (unet_class, "_class_name is 'UNet2DConditionModel'"),
-        (garble_config, "config.json is not JSON"),
+        (unet_class, "Cannot load UNet2DConditionModel|do not fit UNet2DConditionModel"),
+        (garble_config, "Cannot read .*config.json"),
     ],
 )
 def test_damaged_controlnet(tmp_path: Path, controlnet: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -163,7 +163,7 @@ def test_folders_with_nothing_to_convert(tmp_path: Path, controlnet: Path) -> No
     convert_payload(tmp_path, payload())
     with pytest.raises(UsageError, match="nothing to convert"):
         convert(tmp_path / "probe", tmp_path / "clean")
-    with pytest.raises(UsageError, match="belong to an align model"):
+    with pytest.raises(UsageError, match="no align model, which taps"):
         convert(controlnet, tmp_path / "clean", taps="attn")
     shutil.rmtree(controlnet)
     controlnet.mkdir()

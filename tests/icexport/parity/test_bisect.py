@@ -13,7 +13,7 @@ from icexport.bundle.store import Bundle
 from icexport.graphs.graph import Graph
 from icexport.graphs.split import split
 from icexport.graphs.stable_diffusion import GRAPH_NAMES
-from icexport.models.loading import ModelSource
+from icexport.models.source import ModelSource
 from icexport.parity import bisect
 from icexport.parity.cases import Case, cases
 

@@ -11,8 +11,8 @@ from engines.base import TensorSpec
 from icexport.graphs.graph import Graph
 from icexport.graphs.profile import Profile, SizeRange
 from icexport.graphs.stable_diffusion import unet_graph, vae_decoder_graph
-from icexport.models.loading import ModelSource
 from icexport.models.precision import PRECISIONS
+from icexport.models.source import ModelSource
 from icexport.parity.cases import Case, cases
 from icexport.parity.compare import (
     COSINE_ERROR,

@@ -11,7 +11,7 @@ from icexport import conditions
 from icexport.graphs.graph import size_of
 from icexport.graphs.profile import Profile, SizeRange
 from icexport.graphs.split import split
-from icexport.models.loading import ModelSource
+from icexport.models.source import ModelSource
 from icexport.parity import real_cases as activations
 from icexport.parity.cases import Case
 from icexport.parity.compare import COSINE_ERROR, Expected

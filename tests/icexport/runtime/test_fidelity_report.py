@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from engines.onnxruntime import OnnxRuntimeEngine
 from icexport import InnerControlPipeline, conditions
 from icexport.errors import ConditionError
-from icexport.models.loading import ModelSource
+from icexport.models.source import ModelSource
 from icexport.models.taps import Taps
 
 CONTROL = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(7)).round()

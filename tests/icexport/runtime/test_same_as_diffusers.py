@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from icexport import InnerControlPipeline
-from icexport.models.loading import ModelSource
+from icexport.models.source import ModelSource
 
 CONTROL = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(7)).round()
 SCHEDULERS: dict[str, dict[str, Any]] = {

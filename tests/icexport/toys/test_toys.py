@@ -21,7 +21,7 @@ from icexport.errors import CheckpointError, UsageError
 from icexport.graphs import stable_diffusion
 from icexport.graphs.graph import Graph
 from icexport.models import family, precision
-from icexport.models.loading import ModelSource
+from icexport.models.source import ModelSource
 from icexport.runtime.schedulers import CHOICES, SchedulerChoice, choose_scheduler
 from training import presets
 from training.evaluation.metrics import metrics_of, score_pictures
@@ -146,7 +146,7 @@ def test_a_family(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (model / "toy.txt").touch()
     config = json.loads((model / "vae" / "config.json").read_text())
     (model / "vae" / "config.json").write_text(json.dumps({**config, "toy": 1}))
-    with pytest.raises(CheckpointError, match="vae has toy = 1, which Toys do not"):
+    with pytest.raises(UsageError, match="vae has toy = 1, which Toys do not"):
         icexport.build("canny", **options)
     (model / "vae" / "config.json").write_text(json.dumps(config))
     monkeypatch.setitem(globals(), "SPLITS", [])

@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer
 from icexport.errors import CheckpointError, ExportError
 from icexport.graphs.graph import Graph
 from icexport.graphs.stable_diffusion import controlnet_graph, probe_graph, unet_graph
-from icexport.models.loading import ModelSource
+from icexport.models.source import ModelSource
 from icexport.models.taps import Taps
 from icexport.optimum import command
 from icexport.optimum.export import controlled
@@ -245,7 +245,11 @@ def without_unet(model: Path) -> None:
     ("kwargs", "damage", "message"),
     [
         ({"condition": "depth"}, None, "has no folder controlnet-depth"),
-        ({"condition": "canny", "controlnet": "/nowhere"}, None, "/nowhere is neither a folder nor a Hub id"),
+        (
+            {"condition": "canny", "controlnet": "/nowhere"},
+            None,
+            "/nowhere is neither a file, nor a folder",
+        ),
         ({"controlnet": "controlnet-canny"}, None, "needs a condition"),
         ({"condition": "canny", "probe": None}, None, "texts as values"),
         ({"condition": "canny"}, without_unet, "it lacks unet/config.json"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from icexport.conditions import Hed
 from icexport.errors import CheckpointError, ConditionError, UsageError
-from icexport.models.loading import find_base
+from icexport.models.base_model import find_base
 from icexport.reference import reference_path
 from tests.training.tiny_training import CANNY, networks, pictures, seeded
 from training.tasks.frozen import BaseModels, Noised, load_base, new_controlnet, noised
@@ -31,7 +31,7 @@ def test_a_base_model_is_frozen_and_keeps_its_noise_schedule(tiny_model: Path) -
 
 
 def test_the_reference_model_is_found_by_name_and_others_are_refused(tmp_path: Path) -> None:
-    assert find_base("reference")[0] == reference_path()
+    assert find_base("reference").path == reference_path()
     with pytest.raises(CheckpointError, match=r"lacks unet/config\.json"):
         find_base(str(tmp_path))
 
