@@ -28,7 +28,8 @@ from icexport.errors import ParityError
 from icexport.fidelity.metrics import psnr
 from icexport.graphs.graph import example_inputs
 from icexport.graphs.profile import SizeRange
-from icexport.host.pictures import to_pixels, to_rgb
+from icexport.host.pictures import to_rgb
+from icexport.host.pixels import to_pixels
 from icexport.models.fused_probe import FusedProbe
 from icexport.models.sizes import size_multiple
 from icexport.runtime.drawing import Request, draw

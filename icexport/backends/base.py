@@ -111,6 +111,7 @@ class Backend(ABC):
         takes_targets: whether it builds for GPUs that are named by their compute capability.
         takes_plugins: whether the probe's Triton kernels can be part of its engines.
         capturable: whether no call of its engines waits for the GPU, so that a CUDA graph can record them.
+        concurrent: whether several threads may call one of its engines at once.
         footprint: what it takes of a CPU's memory; None: not known.
     """
 
@@ -125,6 +126,7 @@ class Backend(ABC):
     takes_targets: ClassVar[bool] = False
     takes_plugins: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
+    concurrent: ClassVar[bool] = False
     footprint: ClassVar[Footprint | None] = None
 
     @abstractmethod

@@ -27,6 +27,7 @@ class OnnxRuntime(Backend):
     name = "onnxruntime"
     summary = "ONNX Runtime, CPU and CUDA"
     dtypes = ("fp32", "fp16")
+    concurrent = True
     footprint = Footprint({"fp32": 4.0, "fp16": 5.0}, sample=83, picture=6.5)
 
     def check(self) -> Availability:

@@ -26,6 +26,7 @@ class TorchEager(Backend):
     from_module = True
     copies_weights = True
     capturable = True
+    concurrent = True
 
     def check(self) -> Availability:
         """See ``Backend.check``."""

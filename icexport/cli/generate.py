@@ -111,7 +111,8 @@ def generate(
         shown.expect(3)
         shown("load the bundle")  # silences libraries: before the next imports, which warn
         from icexport.conditions.maps import extracted_map, ready_map
-        from icexport.host.pictures import save_png, to_image, to_pixels
+        from icexport.host.pictures import save_png, to_image
+        from icexport.host.pixels import to_pixels
         from icexport.runtime.drawing import Request, draw_calls, joined, split_calls
 
         given = {"low_threshold": low_threshold, "high_threshold": high_threshold}

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from icexport.errors import ConditionError
-from icexport.host.pictures import round_to_8bit, to_image, to_pixels, to_rgb
+from icexport.errors import ConditionError, UsageError
+from icexport.host.pictures import round_to_8bit, to_image
+from icexport.host.pixels import as_pictures, to_pixels
 from icexport.models.probe import Normaliser
 
 if TYPE_CHECKING:
@@ -69,20 +70,25 @@ class Condition(ABC):
             )
         return dataclasses.replace(self, **options)
 
-    def extract(self, image: Image.Image, **options: Any) -> Image.Image:
+    def extract(self, image: Any, **options: Any) -> Image.Image:
         """Read the control map from a picture, on the CPU.
 
         Args:
-            image: any 8-bit mode (grey, palette, RGBA ...); transparent parts count as white.
+            image: one picture: PIL of any mode, a NumPy array or a torch tensor, see ``icexport.host.pixels``;
+                transparent parts count as white, and what has more than 8 bits is rounded.
             **options: override this condition's options.
 
         Returns:
             RGB picture of the same size.
 
         Raises:
-            ConditionError: if an option is not valid, weights are missing, or the picture has more than 8 bits.
+            ConditionError: if an option is not valid, or weights are missing.
+            UsageError: it is no picture, several ones, or its range is not known.
         """
-        pixels = to_pixels(to_rgb(image))
+        found = as_pictures(image, transparent="white")
+        if len(found) != 1:
+            raise UsageError(f"image holds {len(found)} pictures: extract them one by one, or use extract_batch.")
+        pixels = round_to_8bit(found) if isinstance(found, Tensor) else to_pixels(found[0])
         with torch.no_grad():
             return to_image(self.with_options(**options)._extract_8bit(pixels)[0])
 

@@ -22,7 +22,7 @@ class FidelityMonitor:
         probe: the probe's engine.
         config: the probe's config: which taps it reads, and what its readings mean.
         control_maps: control maps ``[b,3,H,W]`` in [0,1], one for each picture.
-        steps: 0-based UNet calls to read; None: every one.
+        steps: 0-based UNet calls to read.
         kernels: whether to sum up with ``torch.ops.icexport.fidelity_reduce``, which makes no map of the control map's
             size.
     """
@@ -32,7 +32,7 @@ class FidelityMonitor:
         probe: Engine,
         config: ProbeConfig,
         control_maps: Tensor,
-        steps: Collection[int] | None = None,
+        steps: Collection[int],
         kernels: bool = False,
     ) -> None:
         self._probe = probe
@@ -49,10 +49,15 @@ class FidelityMonitor:
         self._times: list[Tensor] = []
         self._last: Tensor | None = None
 
+    @property
+    def expected(self) -> int:
+        """How many readings there are if every call to read is made."""
+        return len(self._steps)
+
     def next_call(self) -> list[str]:
         """Name the UNet's outputs to read at its next call: the taps and the time embedding, or none."""
         index, self._calls = self._calls, self._calls + 1
-        return [*self._taps, *self._embedding] if self._steps is None or index in self._steps else []
+        return [*self._taps, *self._embedding] if index in self._steps else []
 
     def __call__(self, timestep: Tensor, outputs: dict[str, Tensor]) -> None:
         """Read the taps of the call that ``next_call`` was asked about.

@@ -38,6 +38,7 @@ class FidelityReport:
         steps: the probe's readings while sampling; empty without a probe.
         heat_map: float32 ``[B,h,w]`` in [0,1], squared error of the last reading at the probe's resolution, or None.
         calibrated: whether the step readings were mapped to expected final scores. Not yet: False.
+        expected: how many step readings were asked for; None: not known.
     """
 
     condition: str
@@ -48,9 +49,16 @@ class FidelityReport:
     steps: list[StepReading] = field(default_factory=list)
     heat_map: NDArray[np.float32] | None = None
     calibrated: bool = False
+    expected: int | None = None
 
     def __bool__(self) -> bool:
-        """Give the verdict. Without calibration there is no threshold to miss: only a NaN or infinite value fails."""
+        """Give the verdict.
+
+        Without calibration there is no threshold to miss: what fails is a NaN or infinite value, and another number of
+        readings than was asked for, as when a callback ends a call before its last step.
+        """
+        if self.expected not in (None, len(self.steps)):
+            return False
         values = [*(self.scores or []), *(error for step in self.steps for error in step.errors)]
         return all(math.isfinite(value) for value in values)
 
@@ -71,5 +79,6 @@ class FidelityReport:
             "scores": self.scores,
             "passed": bool(self),
             "calibrated": self.calibrated,
+            "readings_expected": self.expected,
             "steps": [{"index": s.index, "timestep": s.timestep, "errors": s.errors} for s in self.steps],
         }

@@ -1,4 +1,4 @@
-"""Pictures of ``icexport generate``: read with care, fitted to a size, written in one go."""
+"""Picture files: read with care, fitted to a size, written in one go."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from icexport.errors import ConditionError, UsageError
+from icexport.errors import UsageError
 from icexport.host.files import whole
+from icexport.host.pixels import DEEP, in_range, plain, scaled, to_pixels
 
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -24,14 +24,14 @@ MAX_PIXELS = 64_000_000
 
 
 def read_picture(path: Path, transparent: str = "white") -> Image.Image:
-    """Return a picture file as RGB, turned upright as its EXIF data says.
+    """Return a picture file as ``icexport.host.pixels.plain`` gives it: RGB, or grey floats if it has more bits.
 
     Args:
         path: file in any format that Pillow reads; of several frames the first.
         transparent: colour of transparent parts.
 
     Raises:
-        UsageError: the file is no picture, is damaged, or has too many pixels or more than 8 bits a channel.
+        UsageError: the file is no picture, is damaged, has too many pixels, or values of an unknown range.
     """
     try:
         with warnings.catch_warnings():
@@ -39,7 +39,6 @@ def read_picture(path: Path, transparent: str = "white") -> Image.Image:
             image: Image.Image = Image.open(path)
         pixels = image.width * image.height
         if pixels <= MAX_PIXELS:
-            image = ImageOps.exif_transpose(image)
             image.load()
     except Image.DecompressionBombError:
         pixels = 2 * MAX_PIXELS
@@ -49,31 +48,33 @@ def read_picture(path: Path, transparent: str = "white") -> Image.Image:
         raise UsageError(
             f"{path} has more than {MAX_PIXELS // 10**6} million pixels, the most that is read. Scale it down first."
         )
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, transparent), rgba)
-    return to_rgb(image)
+    try:
+        return plain(image, transparent)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def fit(image: Image.Image, width: int, height: int, how: Fit) -> Image.Image:
     """Scale a picture to ``width`` x ``height``: cut the rest off, distort, or (pad) stay within."""
     if how == "crop":
-        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        return in_range(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
     if how == "pad":
         scale = min(width / image.width, height / image.height)
         width, height = max(1, round(scale * image.width)), max(1, round(scale * image.height))
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    return scaled(image, width, height)
 
 
 def pad(control_map: Image.Image, width: int, height: int) -> Image.Image:
     """Return a control map in the middle of a black one, which controls nothing."""
-    padded = Image.new("RGB", (width, height))
+    padded = Image.new(control_map.mode, (width, height))
     padded.paste(control_map, ((width - control_map.width) // 2, (height - control_map.height) // 2))
     return padded
 
 
 def save_png(image: Image.Image, path: Path, text: Mapping[str, object]) -> None:
-    """Write a PNG with text chunks; the file appears complete or not at all."""
+    """Write a PNG with text chunks, of 16 bits for grey floats in [0,1]; it appears complete or not at all."""
+    if image.mode == DEEP:
+        image = Image.fromarray((65535 * np.asarray(image)).round().astype(np.uint16))
     info = PngInfo()
     for name, value in text.items():
         info.add_text(name, str(value))
@@ -82,22 +83,13 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, object]) -> None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture of any 8-bit mode to RGB, transparent parts on white.
+    """Convert a picture of any mode to RGB of 8 bits, rounding what has more; transparent parts on white.
 
     Raises:
-        ConditionError: if it has more than 8 bits a channel, which Pillow would clip without a word.
+        UsageError: its values are of an unknown range.
     """
-    if image.mode.startswith(("I", "F")):
-        raise ConditionError(f"The picture has mode {image.mode!r} (more than 8 bits); save it with 8 bits a channel.")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def to_pixels(image: Image.Image) -> Tensor:
-    """Return an RGB picture as ``[1,3,H,W]`` float32 in [0,1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    found = plain(image)
+    return to_image(to_pixels(found)[0]) if found.mode == DEEP else found
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -21,7 +21,7 @@ from icexport.conditions.base import Condition
 from icexport.errors import ConditionError
 from icexport.graphs.graph import Graph
 from icexport.graphs.profile import Profile
-from icexport.host.pictures import to_pixels
+from icexport.host.pixels import to_pixels
 from icexport.models.sizes import residual_channels, vae_factor
 from icexport.models.source import ModelSource
 from icexport.parity.cases import Case, counted

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers import ControlNetModel
@@ -20,6 +20,10 @@ from icexport.errors import UnsupportedOptionError
 from icexport.host import memory
 from icexport.models.sizes import residual_channels
 from icexport.runtime.step import Deferred, StepGraphs
+from icexport.runtime.turn import Turn
+
+if TYPE_CHECKING:
+    from icexport.runtime.loading import Loaded
 
 
 class Observer(Protocol):
@@ -184,14 +188,16 @@ class EngineUNet(EngineModule):
 
     observer: Observer | None = None
     step_graphs: StepGraphs | None = None
+    loaded: Loaded
+    turn: Turn
 
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float,
         encoder_hidden_states: Tensor,
-        down_block_additional_residuals: Sequence[Tensor],
-        mid_block_additional_residual: Tensor | Deferred,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | Deferred | None = None,
         timestep_cond: Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         added_cond_kwargs: dict[str, Any] | None = None,
@@ -213,7 +219,15 @@ class EngineUNet(EngineModule):
 
         Returns:
             ``(noise_pred,)``, ``[B,4,h,w]``.
+
+        Raises:
+            UnsupportedOptionError: there are no residuals, as in a pipeline without a ControlNet.
         """
+        if down_block_additional_residuals is None or mid_block_additional_residual is None:
+            raise UnsupportedOptionError(
+                "The UNet of a bundle takes the residuals of its ControlNet, which this pipeline does not give it. "
+                "Draw with InnerControlPipeline; controlnet_conditioning_scale=0.0 switches the control off."
+            )
         time = as_timestep(timestep, sample.device)
         inputs = {"sample": sample, "timestep": time, "prompt_embeds": encoder_hidden_states}
         deferred = None
@@ -233,10 +247,33 @@ class EngineUNet(EngineModule):
 class EngineVae(EngineModule):
     """``AutoencoderKL`` for decoding."""
 
+    _slicing = False
+
+    def enable_slicing(self) -> None:
+        """Decode pictures one by one, which takes the memory of one."""
+        self._slicing = True
+
+    def disable_slicing(self) -> None:
+        """Decode all pictures of a call at once."""
+        self._slicing = False
+
+    def enable_tiling(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refuse: not possible on an engine.
+
+        Raises:
+            UnsupportedOptionError: raised always.
+        """
+        raise UnsupportedOptionError(
+            "enable_tiling is not supported: the decoder is one graph for whole pictures. With several pictures in a "
+            "call, vae.enable_slicing() decodes them one by one; otherwise draw smaller ones."
+        )
+
     def decode(self, latents: Tensor, return_dict: bool = False, generator: Any = None) -> tuple[Tensor]:
         """Return ``(pixels [b,3,H,W] in [-1,1],)``."""
         memory.release()  # the steps have left gaps, and this is where a picture needs most
-        return (self.engine({"latents": latents.to(self.dtype)})["pixels"],)
+        latents = latents.to(self.dtype)
+        parts = torch.split(latents, 1) if self._slicing else (latents,)
+        return (torch.cat([self.engine({"latents": part})["pixels"] for part in parts]),)
 
 
 def as_timestep(timestep: Tensor | float, device: torch.device) -> Tensor:

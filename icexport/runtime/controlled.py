@@ -2,78 +2,54 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+import copy
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.pipelines.controlnet.pipeline_controlnet import retrieve_timesteps
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
-from icexport.backends import table
-from icexport.backends.engines import choose_backend, default_device, load_engine
-from icexport.backends.probe_kernels import load_probe_kernels
+from icexport.backends.engines import choose_backend, default_device
 from icexport.bundle.store import Bundle
 from icexport.conditions import Condition
 from icexport.errors import UnsupportedOptionError, UsageError
 from icexport.fidelity.monitor import FidelityMonitor
 from icexport.fidelity.report import FidelityReport
+from icexport.host.pixels import as_pictures
 from icexport.models.precision import PRECISIONS
 from icexport.models.probe import ProbeConfig
 from icexport.models.sizes import size_multiple
-from icexport.runtime.components import EngineControlNet, EngineTextEncoder, EngineUNet, EngineVae
+from icexport.runtime.components import EngineUNet
+from icexport.runtime.loading import Loaded, load_models, stand_ins
 from icexport.runtime.needs import Needs
-from icexport.runtime.phases import Phases
+from icexport.runtime.refused import IP_ADAPTERS, Refusals
 from icexport.runtime.schedulers import load_scheduler
-from icexport.runtime.step import StepGraphs
+from icexport.runtime.turn import Turn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from engines.base import Engine
-
 _UNSUPPORTED = {
-    "ip_adapter_image": "IP-Adapters add attention layers that the exported UNet does not have",
-    "ip_adapter_image_embeds": "IP-Adapters add attention layers that the exported UNet does not have",
+    "ip_adapter_image": IP_ADAPTERS,
+    "ip_adapter_image_embeds": IP_ADAPTERS,
     "cross_attention_kwargs": "attention is fixed in the exported graphs; merge LoRA weights before the build",
 }
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """How a bundle was loaded.
-
-    Attributes:
-        bundle: the bundle.
-        backend: name of the backend that runs it.
-        cuda_graph: whether a step is launched at once.
-        probe_kernels: whether the probe runs on Triton kernels of ours.
-        low_memory: whether engines are open only while they are needed.
-        needs: what calls are checked against; None: nothing.
-        probe: the probe's engine; None: the bundle has none.
-    """
-
-    bundle: Bundle
-    backend: str
-    cuda_graph: bool
-    probe_kernels: bool
-    low_memory: bool
-    needs: Needs | None
-    probe: Engine | None
-
-
-class Controlled:
+class Controlled(Refusals):
     """A mixin for pipelines of diffusers whose models are a bundle's engines.
 
-    Attributes:
-        condition: scores the pictures; set one with other options if the control maps were extracted with them.
+    Threads: calls of one pipeline take turns, since diffusers keeps what belongs to a call in the pipeline and its
+    scheduler. ``fork`` gives a second pipeline on the same engines, whose calls run beside those of the first.
     """
 
-    condition: Condition
-    _loaded: Loaded
+    _condition: Condition | None = None
     _can_score = False
 
     @classmethod
@@ -116,7 +92,7 @@ class Controlled:
         device = device or default_device(bundle, backend)
         name = choose_backend(bundle, backend, device)
         needs = Needs.of(bundle.manifest, name, device) if preflight else None
-        models, loaded = _load_models(bundle, name, device, cuda_graph, probe_kernels, low_memory, needs)
+        models = load_models(bundle, name, device, cuda_graph, probe_kernels, low_memory, needs)
         arguments: dict[str, Any] = {
             **models,
             "tokenizer": CLIPTokenizer.from_pretrained(bundle.folder("tokenizer")),
@@ -125,10 +101,90 @@ class Controlled:
             "feature_extractor": _load_feature_extractor(bundle),
             "requires_safety_checker": safety_checker is not None,
         }
-        pipe = cls(**arguments)
-        pipe._loaded = loaded
-        pipe.condition = bundle.condition()
+        return cls(**arguments)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **components: Any) -> Self:
+        """Return a pipeline on the engines of another one of ours; calls of both take turns, see ``fork``.
+
+        Args:
+            pipeline: a pipeline of ours.
+            **components: components in place of its own, such as ``scheduler``.
+
+        Raises:
+            UnsupportedOptionError: it is a pipeline of diffusers, whose models are no engines.
+        """
+        pipe = cls(**{**pipeline.components, "requires_safety_checker": False, **components})
+        pipe._check_loaded()
         return pipe
+
+    def fork(self) -> Self:
+        """Return a second pipeline on the same engines, which are not loaded again.
+
+        Each thread that draws takes a fork. Where engines cannot be called by several threads at once (TensorRT, CUDA
+        graphs, ``low_memory``), calls of all forks take turns.
+        """
+        self._check_loaded()
+        loaded, models = self._loaded, self.components  # type: ignore[attr-defined]
+        engines = {name: models[name].engine for name in ("vae", "text_encoder", "unet", "controlnet")}
+        turn = Turn() if loaded.concurrent else self.unet.turn  # type: ignore[attr-defined]
+        # The tokenizer, too: while it works, it holds how the call wants its padding.
+        own = {name: copy.deepcopy(models[name]) for name in ("scheduler", "tokenizer")}
+        own |= stand_ins(loaded, engines, turn)
+        pipe = type(self)(**{**models, **own, "requires_safety_checker": models["safety_checker"] is not None})
+        pipe._condition = self._condition
+        pipe.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))  # type: ignore[attr-defined]
+        return pipe
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let another process load the bundle again; what was set afterwards, such as a scheduler, does not travel."""
+        self._check_loaded()
+        options = {**self._loaded.options(), "device": str(self.device)}
+        return _reopened, (type(self), str(self.bundle.path.resolve()), options)
+
+    @property
+    def condition(self) -> Condition:
+        """Scores the pictures; set one with other options if the control maps were extracted with them."""
+        if self._condition is None:
+            self._condition = self.bundle.condition()
+        return self._condition
+
+    @condition.setter
+    def condition(self, value: Condition) -> None:
+        self._condition = value
+
+    @property
+    def _loaded(self) -> Loaded:
+        return self.unet.loaded  # type: ignore[attr-defined,no-any-return]
+
+    def _check_loaded(self) -> None:
+        """Refuse to work on models that are no engines of ours, or that another process has loaded.
+
+        Raises:
+            UnsupportedOptionError: they are.
+        """
+        if not isinstance(self.unet, EngineUNet):  # type: ignore[attr-defined]
+            raise UnsupportedOptionError(
+                f"{type(self).__name__} draws with a bundle's engines, and these are models of another kind. Load a "
+                "bundle: from_pretrained(BUNDLE). For a model of diffusers, build one: icexport build --model ..."
+            )
+        if self._loaded.process != os.getpid():
+            raise UnsupportedOptionError(
+                "The bundle was loaded before this process was forked, and the threads of its engines did not come "
+                "along. Load it in each process, or start processes with the method 'spawn'."
+            )
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Let one call at a time go on.
+
+        Raises:
+            UnsupportedOptionError: see ``_check_loaded``.
+            UsageError: the pipeline was called from within its own call.
+        """
+        self._check_loaded()
+        with self.unet.turn:  # type: ignore[attr-defined]
+            yield
 
     @property
     def bundle(self) -> Bundle:
@@ -168,30 +224,10 @@ class Controlled:
         was = self._loaded
         needs = was.needs and Needs.of(was.bundle.manifest, was.backend, device)
         options = was.cuda_graph, was.probe_kernels, was.low_memory, needs
-        models, self._loaded = _load_models(was.bundle, was.backend, device, *options)
-        self.register_modules(**models)  # type: ignore[attr-defined]
+        self.register_modules(**load_models(was.bundle, was.backend, device, *options))  # type: ignore[attr-defined]
         if self.safety_checker is not None:  # type: ignore[attr-defined]
             self.safety_checker.to(device)  # type: ignore[attr-defined]
         return self
-
-    def load_lora_weights(self, *_args: Any, **_kwargs: Any) -> None:
-        """Refuse: not possible on engines.
-
-        Raises:
-            UnsupportedOptionError: raised always; it says what to do.
-        """
-        raise UnsupportedOptionError(
-            "Engines have their weights baked in. Fuse the LoRA into the model first (pipe.fuse_lora(), "
-            "save_pretrained), then build a bundle from that folder."
-        )
-
-    def load_ip_adapter(self, *_args: Any, **_kwargs: Any) -> None:
-        """Refuse: not possible on engines.
-
-        Raises:
-            UnsupportedOptionError: raised always.
-        """
-        raise UnsupportedOptionError(f"IP-Adapters are not supported: {_UNSUPPORTED['ip_adapter_image']}.")
 
     def _refuse(self, options: Mapping[str, Any], unknown: Collection[str]) -> None:
         """Refuse options that a fixed graph cannot express, and arguments that nobody knows."""
@@ -223,6 +259,7 @@ class Controlled:
             raise UsageError("prompt is missing: give one, or prompt_embeds.")
         if image is None:
             raise UsageError("image is missing: give a control map, or extract one with icexport.conditions.")
+        image = as_pictures(image, size=size)
         self.check_image(image, prompt, prompt_embeds)  # type: ignore[attr-defined]
         maps: Tensor = self.control_image_processor.preprocess(image, height=height, width=width)  # type: ignore[attr-defined]
         maps = maps.to(self.device, torch.float32)
@@ -252,19 +289,35 @@ class Controlled:
             self.condition.extract_batch(control_maps[:1])
             self._can_score = True
 
-    def _watch(self, control_maps: Tensor, steps: bool | Collection[int]) -> FidelityMonitor | None:
+    def _watch(self, control_maps: Tensor, steps: bool | Collection[int], calls: int) -> FidelityMonitor | None:
         """Return what reads the control back while a picture is drawn; None: nothing can, or nothing is to.
 
         Args:
             control_maps: control maps ``[b,3,H,W]`` in [0,1].
             steps: True for every UNet call, or the 0-based calls to read; False: none.
+            calls: how often the UNet will be called.
+
+        Raises:
+            UsageError: a call to read will not be made.
         """
+        if steps is False:
+            return None
+        chosen = range(calls) if steps is True else sorted(set(steps))
+        if wrong := [index for index in chosen if index not in range(calls)]:
+            raise UsageError(
+                f"check_fidelity={wrong}: the UNet is called {calls} times here, and these calls are 0 to {calls - 1}."
+            )
         probe = self._loaded.probe
-        if steps is False or probe is None:
+        if probe is None:
             return None
         config = ProbeConfig.from_dict(self.bundle.manifest.configs["probe"])
-        chosen = None if isinstance(steps, bool) else steps
         return FidelityMonitor(probe, config, control_maps, chosen, kernels=self._loaded.probe_kernels)
+
+    def _count_calls(self, steps: int, timesteps: list[int] | None, sigmas: list[float] | None) -> int:
+        """Return how often the UNet is called; some schedulers call it more than once a step."""
+        scheduler = copy.deepcopy(self.scheduler)  # type: ignore[attr-defined]
+        found, _ = retrieve_timesteps(scheduler, steps, self.device, timesteps, sigmas)
+        return len(found)
 
     def _report(self, scores: list[float] | None, monitor: FidelityMonitor | None) -> FidelityReport:
         steps, heat_map = monitor.finish() if monitor else ([], None)
@@ -276,50 +329,12 @@ class Controlled:
             scores=scores,
             steps=steps,
             heat_map=None if heat_map is None else heat_map.numpy(),
+            expected=monitor.expected if monitor else 0,
         )
 
 
-def _load_models(
-    bundle: Bundle,
-    backend: str,
-    device: str | torch.device,
-    cuda_graph: bool,
-    probe_kernels: bool,
-    low_memory: bool | None,
-    needs: Needs | None,
-) -> tuple[dict[str, Any], Loaded]:
-    """Return the models of a pipeline by their names in diffusers, and how they were loaded."""
-    row = table.get(backend)
-    if cuda_graph and not (row.capturable and torch.device(device).type == "cuda"):
-        able = ", ".join(name for name, other in table.BACKENDS.items() if other.capturable)
-        raise UnsupportedOptionError(
-            f"cuda_graph=True: {backend} on {device} cannot be captured in a CUDA graph. Use one of {able} on a CUDA "
-            "device, or leave it out."
-        )
-    if low_memory and (cuda_graph or probe_kernels):
-        raise UnsupportedOptionError("low_memory=True closes engines that cuda_graph and probe_kernels need open.")
-    low_memory = needs.choose_low_memory(bundle.manifest.profile, low_memory) if needs else bool(low_memory)
-    configs = bundle.manifest.configs
-    scratch = row.scratch(device)
-    load: Callable[[str], Engine] = functools.partial(
-        load_engine, bundle, backend=backend, device=device, scratch=scratch
-    )
-    if low_memory:
-        load = Phases(bundle, backend, device, load).engine
-    controlnet = EngineControlNet(load("controlnet"), configs["controlnet"])
-    unet = EngineUNet(load("unet"), configs["unet"])
-    if cuda_graph:
-        unet.step_graphs = controlnet.step_graphs = StepGraphs(controlnet.engine, unet.engine)
-    models = {
-        "vae": EngineVae(load("vae_decoder"), configs["vae"]),
-        "text_encoder": EngineTextEncoder(load("text_encoder"), configs["text_encoder"]),
-        "unet": unet,
-        "controlnet": controlnet,
-    }
-    probe = None
-    if "probe" in bundle.manifest.graphs:
-        probe = load_probe_kernels(bundle, device) if probe_kernels else load("probe")
-    return models, Loaded(bundle, backend, cuda_graph, probe_kernels, low_memory, needs, probe)
+def _reopened(kind: type[Controlled], bundle: str, options: dict[str, Any]) -> Controlled:
+    return kind.from_pretrained(bundle, **options)
 
 
 def _load_feature_extractor(bundle: Bundle) -> CLIPImageProcessor | None:

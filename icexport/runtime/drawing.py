@@ -147,7 +147,7 @@ def joined(reports: list[FidelityReport]) -> FidelityReport:
     if all(report.scores is not None for report in reports):
         scores = [score for report in reports for score in report.scores or []]
     steps = [
-        replace(first, errors=[error for report in reports for error in report.steps[i].errors])
-        for i, first in enumerate(reports[0].steps)
+        replace(same[0], errors=[error for reading in same for error in reading.errors])
+        for same in zip(*(report.steps for report in reports), strict=False)  # a call may have ended early
     ]
     return replace(reports[0], scores=scores, steps=steps, heat_map=None)

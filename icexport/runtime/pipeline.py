@@ -58,7 +58,9 @@ class InnerControlPipeline(Controlled, StableDiffusionControlNetPipeline):  # ty
 
         Args:
             prompt: one or several prompts.
-            image: control map(s): PIL pictures, arrays or tensors ``[B,3,H,W]`` in [0,1].
+            image: control map(s): PIL pictures of any mode, NumPy arrays or torch tensors ``[H,W]``, ``[H,W,C]``,
+                ``[C,H,W]`` or batches of these (uint8, uint16, bool, or floats in [0,1]), or a list of them. Grey
+                counts as three equal channels, transparent parts as black.
             height: height in pixels; like ``width`` only used for PIL pictures and arrays, the map is resized to it.
             width: width in pixels; see ``height``.
             num_inference_steps: number of denoising steps.
@@ -99,52 +101,54 @@ class InnerControlPipeline(Controlled, StableDiffusionControlNetPipeline):  # ty
         """
         refused = {"ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds}
         self._refuse(refused | {"cross_attention_kwargs": cross_attention_kwargs}, kwargs)
-        if isinstance(controlnet_conditioning_scale, int):
-            controlnet_conditioning_scale = float(controlnet_conditioning_scale)  # diffusers takes floats only
-        # What steers is what judges: diffusers, the monitor and the score get the same tensor.
-        steering, control_maps = self._prepare(
-            image, prompt, prompt_embeds, (height, width), num_images_per_prompt or 1
-        )
-        scored = check_fidelity is not False and output_type != "latent"
-        if scored:
-            self._check_score(control_maps)
-        monitor = self._watch(control_maps, check_fidelity)
-        self.unet.observer = monitor
-        try:
-            images, nsfw = super().__call__(
-                prompt=prompt,
-                image=steering,
-                num_inference_steps=num_inference_steps,
-                timesteps=timesteps,
-                sigmas=sigmas,
-                guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
-                num_images_per_prompt=num_images_per_prompt,
-                eta=eta,
-                generator=generator,
-                latents=latents,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                output_type="pt" if scored else output_type,
-                return_dict=False,
-                controlnet_conditioning_scale=controlnet_conditioning_scale,
-                guess_mode=guess_mode,
-                control_guidance_start=control_guidance_start,
-                control_guidance_end=control_guidance_end,
-                clip_skip=clip_skip,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                **kwargs,
+        with self._call():
+            if isinstance(controlnet_conditioning_scale, int):
+                controlnet_conditioning_scale = float(controlnet_conditioning_scale)  # diffusers takes floats only
+            # What steers is what judges: diffusers, the monitor and the score get the same tensor.
+            steering, control_maps = self._prepare(
+                image, prompt, prompt_embeds, (height, width), num_images_per_prompt or 1
             )
-        finally:
-            self.unet.observer = None
-        report = None
-        if check_fidelity is not False:
-            scores = self.condition.score(images.float(), control_maps).tolist() if scored else None
-            report = self._report(scores, monitor)
-        if scored and output_type != "pt":
-            images = self.image_processor.pt_to_numpy(images)
-            images = self.image_processor.numpy_to_pil(images) if output_type == "pil" else images
+            scored = check_fidelity is not False and output_type != "latent"
+            if scored:
+                self._check_score(control_maps)
+            calls = self._count_calls(num_inference_steps, timesteps, sigmas) if check_fidelity is not False else 0
+            monitor = self._watch(control_maps, check_fidelity, calls)
+            self.unet.observer = monitor
+            try:
+                images, nsfw = super().__call__(
+                    prompt=prompt,
+                    image=steering,
+                    num_inference_steps=num_inference_steps,
+                    timesteps=timesteps,
+                    sigmas=sigmas,
+                    guidance_scale=guidance_scale,
+                    negative_prompt=negative_prompt,
+                    num_images_per_prompt=num_images_per_prompt,
+                    eta=eta,
+                    generator=generator,
+                    latents=latents,
+                    prompt_embeds=prompt_embeds,
+                    negative_prompt_embeds=negative_prompt_embeds,
+                    output_type="pt" if scored else output_type,
+                    return_dict=False,
+                    controlnet_conditioning_scale=controlnet_conditioning_scale,
+                    guess_mode=guess_mode,
+                    control_guidance_start=control_guidance_start,
+                    control_guidance_end=control_guidance_end,
+                    clip_skip=clip_skip,
+                    callback_on_step_end=callback_on_step_end,
+                    callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                    **kwargs,
+                )
+            finally:
+                self.unet.observer = None
+            report = None
+            if check_fidelity is not False:
+                scores = self.condition.score(images.float(), control_maps).tolist() if scored else None
+                report = self._report(scores, monitor)
+            if scored and output_type != "pt":
+                images = self.image_processor.pt_to_numpy(images)
+                images = self.image_processor.numpy_to_pil(images) if output_type == "pil" else images
         if not return_dict:
             return images, nsfw
         return InnerControlPipelineOutput(images=images, nsfw_content_detected=nsfw, fidelity=report)

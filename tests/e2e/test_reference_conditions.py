@@ -13,7 +13,7 @@ import icexport
 from icexport import conditions
 from icexport.conditions import Condition
 from icexport.fidelity.metrics import gaussian_filter
-from icexport.host.pictures import to_pixels
+from icexport.host.pixels import to_pixels
 from icexport.models.probe import InnerControlProbe
 from tests.e2e.drawings import PROMPTS, drawing
 from training.data.scenes import HELD_OUT, render_many

@@ -18,7 +18,8 @@ from icexport.bundle.store import Bundle
 from icexport.errors import UsageError
 from icexport.graphs.profile import SizeRange
 from icexport.host.files import write_whole
-from icexport.host.pictures import save_png, to_image, to_pixels
+from icexport.host.pictures import save_png, to_image
+from icexport.host.pixels import to_pixels
 from icexport.models.precision import precision
 from icexport.models.source import ModelSource
 from icexport.progress import Progress

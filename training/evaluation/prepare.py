@@ -16,7 +16,8 @@ from torch import Tensor
 
 from icexport.conditions.base import Condition
 from icexport.errors import UsageError
-from icexport.host.pictures import save_png, to_image, to_pixels
+from icexport.host.pictures import save_png, to_image
+from icexport.host.pixels import to_pixels
 from icexport.progress import Progress, silent
 from training.data.config import DataConfig
 from training.data.records import Record, records

@@ -13,7 +13,8 @@ from PIL import Image
 
 from icexport.conditions.base import Condition
 from icexport.host.files import write_whole
-from icexport.host.pictures import to_image, to_pixels
+from icexport.host.pictures import to_image
+from icexport.host.pixels import to_pixels
 from training.evaluation.generate import Item, open_picture, picture_path
 from training.evaluation.metrics import metrics_of, read
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from icexport.conditions.base import Condition
 from icexport.errors import UsageError
-from icexport.host.pictures import to_pixels
+from icexport.host.pixels import to_pixels
 from icexport.progress import Progress
 from training.evaluation.features import ClipScore, FeatureExtractor, frechet_distance, kernel_distance
 from training.evaluation.generate import Item, open_picture, picture_path

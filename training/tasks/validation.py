@@ -15,7 +15,8 @@ from torch import Tensor
 from icexport.conditions import Condition
 from icexport.errors import ConditionError, UsageError
 from icexport.graphs.profile import SizeRange
-from icexport.host.pictures import to_image, to_pixels
+from icexport.host.pictures import to_image
+from icexport.host.pixels import to_pixels
 from icexport.runtime.drawing import Request, draw
 from icexport.runtime.eager import eager_pipeline
 from icexport.runtime.schedulers import choose_scheduler

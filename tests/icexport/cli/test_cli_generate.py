@@ -163,8 +163,9 @@ def test_unreadable_pictures(icexport, tiny_bundle: Path, apple: Path, tmp_path:
         run = icexport("generate", tiny_bundle, "--prompt", "a", "--image", tmp_path / name)
         assert run.exit_code == 2
         assert f"{name} cannot be read as a picture" in run.stderr
-    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
-    assert "8 bits" in icexport("generate", tiny_bundle, "--prompt", "a", "--image", tmp_path / "deep.png").stderr
+    Image.new("I", (8, 8)).save(tmp_path / "deep.tiff")
+    run = icexport("generate", tiny_bundle, "--prompt", "a", "--image", tmp_path / "deep.tiff")
+    assert "deep.tiff: The picture has mode 'I': integers of 32 bits" in " ".join(run.stderr.split())
     monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
     run = icexport("generate", tiny_bundle, "--prompt", "a", "--image", apple)
     assert run.exit_code == 2

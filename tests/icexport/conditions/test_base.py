@@ -83,10 +83,17 @@ def test_transparent_parts_are_white(image: Image.Image) -> None:
     assert np.array(conditions.get("canny").extract(image)).max() == 0
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_deep_pictures_are_refused(mode: str) -> None:
-    with pytest.raises(ConditionError, match="8 bits"):
-        conditions.get("canny").extract(Image.new(mode, SIZE))
+def test_deep_pictures_are_rounded_not_clipped() -> None:
+    levels = np.asarray(scene("L"))
+    expected = np.asarray(conditions.get("canny").extract(scene("L")))
+    assert expected.any()
+    deep = Image.fromarray(levels.astype(np.uint16) * 257)
+    for image in (deep, Image.fromarray(levels.astype(np.float32) / 255), levels, levels[..., None] / 255):
+        assert np.array_equal(np.asarray(conditions.get("canny").extract(image)), expected)
+    with pytest.raises(UsageError, match="integers of 32 bits, whose range is not known"):
+        conditions.get("canny").extract(Image.new("I", SIZE))
+    with pytest.raises(UsageError, match="image holds 2 pictures: extract them one by one"):
+        conditions.get("canny").extract([scene("L")] * 2)
 
 
 @pytest.mark.parametrize("name", WITHOUT_WEIGHTS)

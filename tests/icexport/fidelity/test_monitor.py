@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ CONFIG = ProbeConfig((1,), time_embed_dim=None)
 
 
 def monitor(
-    control: Tensor, steps: set[int] | None = None, normaliser: Any = "identity", **options: Any
+    control: Tensor, steps: Collection[int] = range(9), normaliser: Any = "identity", **options: Any
 ) -> FidelityMonitor:
     return FidelityMonitor(Probe(), replace(CONFIG, normaliser=normaliser), control, steps, **options)
 
@@ -119,7 +120,11 @@ def test_only_the_calls_to_read_want_taps() -> None:
     assert [watch.next_call() for _ in range(3)] == [[], ["tap_0"], []]
 
     timed = ProbeConfig((1, 2), time_embed_dim=8)
-    assert FidelityMonitor(Probe(), timed, torch.zeros(1, 3, 4, 4)).next_call() == ["tap_0", "tap_1", "time_embedding"]
+    assert FidelityMonitor(Probe(), timed, torch.zeros(1, 3, 4, 4), [0]).next_call() == [
+        "tap_0",
+        "tap_1",
+        "time_embedding",
+    ]
 
 
 def test_nothing_read() -> None:
@@ -140,7 +145,7 @@ def test_a_batch_of_another_size_is_refused() -> None:
 )
 def test_a_perfect_reading_is_without_error(normaliser: str, control: list[float]) -> None:
     maps = torch.tensor(control).reshape(1, 1, 1, 3).expand(1, 3, 2, 3)
-    watch = FidelityMonitor(Probe(), replace(CONFIG, normaliser=normaliser), maps)
+    watch = FidelityMonitor(Probe(), replace(CONFIG, normaliser=normaliser), maps, range(2))
     for reading in (maps, 1 - maps):
         observe(watch, 1.0, outputs(2 * reading[:, :1] - 1))
     right, wrong = watch.finish()[0]

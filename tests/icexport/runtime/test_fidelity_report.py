@@ -101,7 +101,7 @@ def test_a_picture_that_obeys_scores_better(pipe: InnerControlPipeline) -> None:
 
 def test_chosen_steps(pipe: InnerControlPipeline) -> None:
     full = call(pipe).fidelity
-    some = call(pipe, check_fidelity={0, 2, 99}).fidelity
+    some = call(pipe, check_fidelity={0, 2}).fidelity
 
     assert some.steps == [full.steps[0], full.steps[2]]
     np.testing.assert_array_equal(some.heat_map, full.heat_map)

@@ -10,7 +10,7 @@ import torch
 
 from icexport import InnerControlPipeline
 from icexport.errors import UnsupportedOptionError
-from icexport.runtime import controlled
+from icexport.runtime import loading
 
 CONTROL = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(7)).round()
 ENCODE, DRAW, DECODE = {"text_encoder"}, {"controlnet", "unet", "probe"}, {"vae_decoder"}
@@ -21,7 +21,7 @@ def open_at_once(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """Which engines were open, whenever one was opened."""
     found: list[set[str]] = []
     now: set[str] = set()
-    load = controlled.load_engine
+    load = loading.load_engine
 
     def noted(bundle: Any, graph: str, **options: Any) -> Any:
         engine = load(bundle, graph, **options)
@@ -31,7 +31,7 @@ def open_at_once(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         found.append(set(now))
         return engine
 
-    monkeypatch.setattr(controlled, "load_engine", noted)
+    monkeypatch.setattr(loading, "load_engine", noted)
     return found
 
 

@@ -41,7 +41,7 @@ def test_options_that_graphs_cannot_express(pipe: InnerControlPipeline, options:
 def test_loras_and_adapters(pipe: InnerControlPipeline) -> None:
     with pytest.raises(UnsupportedOptionError, match=r"Fuse the LoRA .*fuse_lora.*then build"):
         pipe.load_lora_weights("some/lora")
-    with pytest.raises(UnsupportedOptionError, match="IP-Adapters are not supported"):
+    with pytest.raises(UnsupportedOptionError, match="load_ip_adapter is not supported: IP-Adapters add"):
         pipe.load_ip_adapter("some/adapter")
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from icexport.conditions.hed import load_network
 from icexport.errors import CheckpointError, ConditionError, UsageError
-from icexport.host.pictures import to_pixels
+from icexport.host.pixels import to_pixels
 from tests.tiny_models import TEXT_LENGTH, tiny_tokenizer
 from training.evaluation import features
 from training.evaluation.inception import FidInception
