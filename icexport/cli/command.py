@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from engines.errors import BackendUnavailableError, EngineError, ShapeError
 from icexport.cli.console import configure, say
+from icexport.cli.theirs import explain
 from icexport.errors import FidelityError, IcexportError, ParityError, UnsupportedOptionError, UsageError
 
 FAILED, USAGE, CHECK_FAILED, UNAVAILABLE, BUG, INTERRUPTED = 1, 2, 3, 4, 70, 130
@@ -39,7 +40,8 @@ def exit_code(error: BaseException) -> int:
     """Return the exit code that says what kind of failure ``error`` is."""
     if _is_out_of_memory(error):
         return FAILED
-    return next((code for kind, code in _CODES if isinstance(error, kind)), BUG)
+    known = next((code for kind, code in _CODES if isinstance(error, kind)), BUG)
+    return FAILED if known == BUG and explain(error) else known
 
 
 class Command(TyperCommand):
@@ -107,4 +109,6 @@ def _message(error: BaseException, code: int, command: str | None) -> str:
     if _is_out_of_memory(error):
         advice = _LESS_MEMORY.get(command or "", "Use smaller sizes")
         return f"Error: Out of memory. Nothing half-written is left. {advice}, or free some memory. ({text})"
+    if not isinstance(error, IcexportError | EngineError) and (meaning := explain(error)):
+        return f"Error: {meaning}"
     return f"Error: {text}"

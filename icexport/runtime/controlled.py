@@ -237,6 +237,21 @@ class Controlled(Refusals):
         if names := sorted(set(unknown) - {"callback", "callback_steps"}):
             raise TypeError(f"{type(self).__name__}() got unknown arguments: {', '.join(names)}")
 
+    def _check_embeds(self, **given: Tensor | None) -> None:
+        """Refuse embeddings that do not fit the exported graphs, whose number of tokens is fixed.
+
+        Raises:
+            UsageError: they do not.
+        """
+        config = self.bundle.manifest.configs["text_encoder"]
+        length, width = config["max_position_embeddings"], config["hidden_size"]
+        for name, embeds in given.items():
+            if embeds is not None and (embeds.ndim != 3 or tuple(embeds.shape[1:]) != (length, width)):
+                raise UsageError(
+                    f"{name} has shape {tuple(embeds.shape)}: the bundle takes [B,{length},{width}], {length} tokens "
+                    f"of {width} values each. Longer ones are not possible; pad shorter ones, as encode_prompt does."
+                )
+
     def _prepare(
         self,
         image: Any,

@@ -104,6 +104,7 @@ class InnerControlPipeline(Controlled, StableDiffusionControlNetPipeline):  # ty
         with self._call():
             if isinstance(controlnet_conditioning_scale, int):
                 controlnet_conditioning_scale = float(controlnet_conditioning_scale)  # diffusers takes floats only
+            self._check_embeds(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
             # What steers is what judges: diffusers, the monitor and the score get the same tensor.
             steering, control_maps = self._prepare(
                 image, prompt, prompt_embeds, (height, width), num_images_per_prompt or 1

@@ -119,6 +119,50 @@ def test_exit_codes(error: BaseException, code: int) -> None:
     assert exit_code(error) == code
 
 
+def wrapped(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+class SafetensorError(Exception):
+    pass
+
+
+class ConnectError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "x.data"), "The disk is full. Nothing half-written is left."),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/7"), "The disk is full."),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "disk is full.",
+        ),
+        (wrapped(ValueError("could not save"), OSError(28, "No space left on device")), "The disk is full."),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+            "the memory was full. Train with fewer",
+        ),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "the memory was full. Train with fewer"),
+        (RuntimeError("unable to mmap 8 bytes from file </torch_1>: Cannot allocate memory (12)"), "--shm-size"),
+        (SafetensorError("Error while deserializing header: incomplete metadata"), "damaged or cut short"),
+        (ConnectError("[Errno -2] Name or service not known"), "The network cannot be reached."),
+    ],
+)
+def test_what_libraries_say_of_the_machine_is_no_bug(
+    icexport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, said: str
+) -> None:
+    monkeypatch.setattr("icexport.cli.inspect.describe", failing(error))
+    run = icexport("inspect", tmp_path)
+    assert run.exit_code == 1
+    assert said in " ".join(run.stderr.split())
+    assert str(error.__cause__ or error).split("\n")[0] in " ".join(run.stderr.split())
+    assert "A bug of icexport" not in run.stderr
+
+
 def failing(error: BaseException):
     def describe(*_args: object, **_options: object) -> None:
         raise error

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline
 from icexport.errors import CheckpointError, UsageError
 from icexport.models.convert import convert
 from icexport.models.source import ModelSource
+from tests.icexport.models.layouts import assert_same, save, shard
 from tests.icexport.models.originals import original_controlnet, original_vae, single_file, state_of
-from tests.icexport.models.test_layouts import assert_same, save, shard
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import CLIPTextModel
+from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetPipeline
+from safetensors.torch import load_file
+from torch import Tensor
 
 import icexport
 from icexport.bundle.store import Bundle
@@ -21,76 +20,13 @@ from icexport.errors import CheckpointError, UsageError
 from icexport.models.hub import locate, wanted_files
 from icexport.models.source import ModelSource
 from icexport.models.weights import find_weights
-from tests.icexport.models.converting import RunsCode
+from tests.icexport.models.layouts import F32, PARTS, assert_same, changed, save, shard, stem
 from tests.icexport.models.originals import original_controlnet, original_vae, single_file, state_of
-
-F32 = torch.float32
-CLASSES: dict[str, Any] = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "controlnet-canny": ControlNetModel,
-}
-PARTS = tuple(CLASSES)
-NAMES = {"text_encoder": ("model", "pytorch_model")}
-
-
-def stem(part: str, kind: str) -> str:
-    return NAMES.get(part, ("diffusion_pytorch_model",) * 2)[kind == "bin"]
 
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
-
-
-def changed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the same shapes and other values: reading these would show."""
-    return {name: tensor + 1 for name, tensor in state.items()}
-
-
-def save(state: dict[str, Tensor], path: Path) -> Path:
-    if path.suffix == ".safetensors":
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
-    else:
-        torch.save(state, path)
-    return path
-
-
-def shard(folder: Path, part: str, kind: str, state: dict[str, Tensor], variant: str = "") -> list[str]:
-    """Write a state in two shards with their index; return the names."""
-    name, dot = stem(part, kind), f".{variant}" if variant else ""
-    files = [f"{name}{dot}-0000{i}-of-00002.{kind}" for i in (1, 2)]
-    names = sorted(state)
-    halves = names[: len(names) // 2], names[len(names) // 2 :]
-    for file, half in zip(files, halves, strict=True):
-        save({n: state[n] for n in half}, folder / file)
-    index = {
-        "metadata": {"total_size": 0},
-        "weight_map": {n: f for f, h in zip(files, halves, strict=True) for n in h},
-    }
-    (folder / f"{name}.{kind}.index{dot}.json").write_text(json.dumps(index))
-    return [*files, f"{name}.{kind}.index{dot}.json"]
-
-
-def parts_of(source: ModelSource) -> dict[str, nn.Module]:
-    return {
-        "unet": source.unet(F32),
-        "vae": source.vae(F32),
-        "text_encoder": source.text_encoder(F32),
-        "controlnet-canny": source.controlnet_model(F32),
-    }
-
-
-def assert_same(source: ModelSource, tiny_model: Path, parts: tuple[str, ...] = PARTS) -> None:
-    """All values are those of the tiny model, and as many are counted."""
-    found, elements = parts_of(source), source.elements()
-    for part in parts:
-        expected = CLASSES[part].from_pretrained(tiny_model / part).state_dict()
-        state = found[part].state_dict()
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[name], expected[name]) for name in expected), part
-        assert elements[part.removesuffix("-canny")] == sum(t.numel() for t in state_of(tiny_model / part).values())
 
 
 LAYOUTS: dict[str, Callable[[Path, str, dict[str, Tensor]], list[str]]] = {}
@@ -303,65 +239,6 @@ def test_optional_parts_may_be_missing(model: Path, tiny_model: Path) -> None:
 
     assert_same(source, tiny_model)
     assert len(source.tokenizer()("a b").input_ids) == 4
-
-
-class TestDamage:
-    def test_a_shard_is_missing(self, model: Path) -> None:
-        state = state_of(model / "unet")
-        (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-        files = shard(model / "unet", "unet", "safetensors", state)
-        (model / "unet" / files[1]).unlink()
-
-        with pytest.raises(CheckpointError, match=r"lists 2 shards, and these are missing: .*-00002-of-00002"):
-            ModelSource.find("canny", str(model))
-
-    @pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
-    def test_an_index_that_is_none(self, model: Path, text: str) -> None:
-        (model / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
-
-        with pytest.raises(CheckpointError, match=r"index\.json is damaged: it lists no shards"):
-            ModelSource.find("canny", str(model))
-
-    def test_an_index_that_leaves_the_folder(self, model: Path) -> None:
-        index = {"weight_map": {"a": "../unet/diffusion_pytorch_model.safetensors"}}
-        (model / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-
-        with pytest.raises(CheckpointError, match="names files outside of its folder"):
-            ModelSource.find("canny", str(model))
-
-    @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-    def test_a_single_file_cut_short(self, tiny_model: Path, tmp_path: Path, suffix: str) -> None:
-        file = save(single_file(tiny_model), tmp_path / f"model.{suffix}")
-        file.write_bytes(file.read_bytes()[:-2000])
-
-        with pytest.raises(CheckpointError, match="cut short"):
-            ModelSource.find("canny", str(file), model_config=str(tiny_model))
-
-    @pytest.mark.parametrize("where", ["model", "controlnet", "vae", "bin"])
-    def test_code_in_a_pickle_is_not_run(self, model: Path, tmp_path: Path, where: str) -> None:
-        marker = tmp_path / "ran"
-        file = tmp_path / "file.ckpt"
-        torch.save({"state_dict": {"a.b": torch.zeros(2)}, "extra": RunsCode(marker)}, file)
-        options: dict[str, Any] = {where: str(file)}
-        if where == "bin":
-            (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-            shutil.copyfile(file, model / "unet" / "diffusion_pytorch_model.bin")
-            options = {}
-
-        with pytest.raises(CheckpointError, match="could run code, so it is refused"):
-            ModelSource.find("canny", **{"model": str(model), **options}).unet(F32)
-        assert not marker.exists()
-
-    def test_a_single_file_that_lacks_tensors(self, tiny_model: Path, tmp_path: Path) -> None:
-        state = single_file(tiny_model)
-        gone = next(name for name in state if "out_layers.3.weight" in name)
-        del state[gone]
-        file = save(state, tmp_path / "model.safetensors")
-        options = {"controlnet": str(tiny_model / "controlnet-canny"), "probe": "none"}
-        source = ModelSource.find("canny", str(file), model_config=str(tiny_model), **options)
-
-        with pytest.raises(CheckpointError, match="do not fit UNet2DConditionModel|Cannot load UNet2DConditionModel"):
-            source.unet(F32)
 
 
 def test_the_index_names_the_scheduler(model: Path, tmp_path: Path) -> None:

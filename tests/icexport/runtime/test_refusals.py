@@ -9,7 +9,6 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from PIL import Image
 
-from engines.errors import ShapeError
 from icexport import InnerControlPipeline
 from icexport.errors import BundleError, UnsupportedOptionError, UsageError
 from icexport.runtime.schedulers import CHOICES, choose_scheduler, scheduler_class
@@ -82,7 +81,9 @@ def test_errors_of_diffusers_stay(pipe: InnerControlPipeline) -> None:
         pipe("a", CONTROL, prompt_embeds=torch.zeros(1, 12, 16))
     with pytest.raises(ValueError, match="larger or equal to control guidance end"):
         pipe("a", CONTROL, control_guidance_start=0.5, control_guidance_end=0.5)
-    with pytest.raises(ShapeError, match=r"prompt_embeds: shape \[2, 9, 16\], expected \[samples, 12, 16\]"):
+    with pytest.raises(
+        UsageError, match=r"prompt_embeds has shape \(1, 9, 16\): the bundle takes \[B,12,16\], 12 tokens"
+    ):
         pipe(None, CONTROL, prompt_embeds=torch.zeros(1, 9, 16), negative_prompt_embeds=torch.zeros(1, 9, 16))
 
 
