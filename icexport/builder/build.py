@@ -36,6 +36,7 @@ def build(
     width: int | str | None = None,
     batch_size: int | str | None = None,
     shapes: Sequence[str] = (),
+    text_length: int | str | None = None,
     opset: int | None = None,
     target_sm: Sequence[int] = (),
     optimization_level: int = 3,
@@ -68,6 +69,8 @@ def build(
         batch_size: number of pictures per call, or ``min:opt:max``; default: 1 with TensorRT, else ``1:1:4``.
         shapes: sizes such as ``512x768`` (height x width), instead of ``height`` and ``width``; TensorRT gets a static
             profile for each.
+        text_length: number of tokens of ``prompt_embeds``, as ``min:opt:max``; default: what the model's text encoder
+            makes (77). Longer prompts come from other tools, as embeddings.
         opset: ONNX opset; default: 21, and 22 for ``bf16``.
         target_sm: compute capabilities, times ten (89), that TensorRT-RTX builds for; default: a portable plan.
         optimization_level: optimisation level of TensorRT, 0 to 5.
@@ -109,6 +112,7 @@ def build(
         width=width,
         batch_size=batch_size,
         shapes=shapes,
+        text_length=text_length,
         opset=opset,
         verify=verify,
         plans=plans,

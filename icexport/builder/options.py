@@ -19,6 +19,7 @@ from icexport.models.sizes import size_multiple, vae_factor
 from icexport.models.source import ModelSource
 
 DEFAULT_BATCH = "1:1:4"
+_CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class BuildOptions:
     width: int | str | None = None
     batch_size: int | str | None = None
     shapes: Sequence[str] = ()
+    text_length: int | str | None = None
     opset: int | None = None
     verify: bool = True
     plans: PlanOptions = field(default_factory=PlanOptions)
@@ -140,6 +142,19 @@ def _check_plugins(profile: Profile, opset: int) -> None:
 
 def _profile(source: ModelSource, options: BuildOptions, *, fixed_batch: bool) -> Profile:
     """Return the sizes to build for; plans are fastest with fixed ones, for the others a free batch costs nothing."""
+    profile = _sizes(source, options, fixed_batch=fixed_batch)
+    if options.text_length is None:
+        return profile
+    text = SizeRange.parse(options.text_length)
+    own = source.config("text_encoder").get("max_position_embeddings", _CLIP_TOKENS)
+    if own not in text:
+        raise UsageError(
+            f"--text-length {text}: the model's own text encoder makes {own} tokens, which have to be in the range."
+        )
+    return profile if text.fixed else replace(profile, text=text)
+
+
+def _sizes(source: ModelSource, options: BuildOptions, *, fixed_batch: bool) -> Profile:
     size = options.batch_size
     batch = SizeRange.parse((1 if fixed_batch else DEFAULT_BATCH) if size is None else size)
     height, width = options.height, options.width

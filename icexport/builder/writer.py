@@ -122,12 +122,14 @@ class _Writer:
         if not self._precision.overflows:
             dtype = REFERENCE.torch if self._has_reference else self._precision.torch
             # Not a loop, whose variable would hold a graph while the next one is loaded.
-            return map(lambda graph: (graph, None), split(spec.source, dtype))  # noqa: C417
+            return map(lambda graph: (graph, None), split(spec.source, dtype, spec.profile))  # noqa: C417
         # The picture needs all graphs at once. They are loaded again one by one afterwards: what is made of one needs
         # the memory of the others.
-        real = real_cases(list(split(spec.source, REFERENCE.torch)), spec.source, spec.profile, self._progress)
+        real = real_cases(
+            list(split(spec.source, REFERENCE.torch, spec.profile)), spec.source, spec.profile, self._progress
+        )
         memory.release()
-        return map(lambda graph: (graph, real.pop(graph.name)), split(spec.source, REFERENCE.torch))  # noqa: C417
+        return map(lambda graph: (graph, real.pop(graph.name)), split(spec.source, REFERENCE.torch, spec.profile))  # noqa: C417
 
     def _expect(self, graph: Graph, lowered: Graph) -> None:
         """Keep what the graph's engines have to compute, while its weights are in memory."""

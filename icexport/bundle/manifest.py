@@ -201,6 +201,7 @@ def rebuild_command(data: Mapping[str, Any], folder: Path, backends: Iterable[st
         ("--dtype", data["dtype"]),
         *sizes,
         ("--batch-size", str(profile.batch)),
+        *([("--text-length", str(profile.text))] if profile.text else []),
         ("--output", str(folder)),
     ]
     return shlex.join(["icexport", "build", *(word for option in options for word in option)])

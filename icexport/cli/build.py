@@ -75,6 +75,14 @@ _Shapes = Annotated[
     list[str] | None,
     typer.Option("--shape", metavar="HxW", help="A size, instead of --height and --width. Repeatable: all of them."),
 ]
+_TextLength = Annotated[
+    str | None,
+    typer.Option(
+        "--text-length",
+        metavar="MIN:OPT:MAX",
+        help="Tokens of prompt_embeds that a pipeline may be given.  [default: what the model's text encoder makes]",
+    ),
+]
 _Targets = Annotated[
     list[int] | None,
     typer.Option(
@@ -123,6 +131,7 @@ def build(
     width: _Width = None,
     batch_size: _BatchSize = None,
     shape: _Shapes = None,
+    text_length: _TextLength = None,
     opset: _Opset = None,
     target_sm: _Targets = None,
     optimization_level: _Level = 3,
@@ -145,7 +154,8 @@ def build(
     Exports every part to ONNX, compares every engine with PyTorch, and stores all of it. An identical bundle is kept.
     """
     parts = {"model": model, "controlnet": controlnet, "probe": probe, "vae": vae}
-    options = {**parts, "variant": variant, "model_config": model_config, "backend": backend or "auto", "dtype": dtype}
+    parts |= {"variant": variant, "model_config": model_config, "text_length": text_length}
+    options = {**parts, "backend": backend or "auto", "dtype": dtype}
     sizes = {"height": height, "width": width, "batch_size": batch_size, "shapes": shape or (), "opset": opset}
     plans = {
         "target_sm": target_sm or (),
@@ -182,6 +192,7 @@ def export(
     width: _Width = None,
     batch_size: _BatchSize = None,
     shape: _Shapes = None,
+    text_length: _TextLength = None,
     opset: _Opset = None,
     output: _ExportOutput = None,
     force: _Force = False,
@@ -195,7 +206,8 @@ def export(
     runs = table.get("onnxruntime").dtypes or ()  # it runs the graphs as they are, but not in every precision
     backend = "onnxruntime" if dtype in runs else ()
     parts = {"model": model, "controlnet": controlnet, "probe": probe, "vae": vae}
-    options = {**parts, "variant": variant, "model_config": model_config, "backend": backend, "dtype": dtype}
+    parts |= {"variant": variant, "model_config": model_config, "text_length": text_length}
+    options = {**parts, "backend": backend, "dtype": dtype}
     sizes = {"height": height, "width": width, "batch_size": batch_size, "shapes": shape or (), "opset": opset}
     _build(cond, output, Path("exports"), as_json, **options, **sizes, force=force, verify=False, preflight=preflight)
 

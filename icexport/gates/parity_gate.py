@@ -60,7 +60,7 @@ def expected_of(
     """
     multiple = size_multiple(source.config("unet"), source.config("vae"))
     found = {}
-    for graph in split(source, REFERENCE.torch):
+    for graph in split(source, REFERENCE.torch, profile):
         lowered = graph.cast(dtype.torch) if dtype.reduced else None
         found[graph.name] = expect_graph(graph, lowered, dtype, profile, multiple, progress)
         del graph, lowered

@@ -51,6 +51,15 @@ class Graph:
         module = copy.deepcopy(self.module, cast)
         return Graph(self.name, module, specs(self.inputs), specs(self.outputs))
 
+    def with_free_axis(self, name: str, axis: int, symbol: str) -> Graph:
+        """Return the same module with one axis of an input given by a symbol; unchanged if it has no such input."""
+
+        def free(spec: TensorSpec) -> TensorSpec:
+            shape = (*spec.shape[:axis], symbol, *spec.shape[axis + 1 :])
+            return replace(spec, shape=shape) if spec.name == name else spec
+
+        return replace(self, inputs=tuple(map(free, self.inputs)))
+
     def engine(self) -> TorchEngine:
         """Make an engine that runs the module itself in eager PyTorch, on the CPU."""
         return TorchEngine(self.name, self.module, self.inputs, self.outputs)

@@ -61,12 +61,14 @@ class Profile:
         height: height in pixels.
         width: width in pixels.
         shapes: (height, width) of every allowed picture, inside the two ranges; empty: all of the ranges is allowed.
+        text: number of tokens of ``prompt_embeds``; None: what the model's text encoder makes.
     """
 
     batch: SizeRange
     height: SizeRange
     width: SizeRange
     shapes: tuple[tuple[int, int], ...] = ()
+    text: SizeRange | None = None
 
     @classmethod
     def of_shapes(cls, batch: SizeRange, texts: Sequence[str]) -> Profile:
@@ -87,11 +89,15 @@ class Profile:
     def from_json(cls, data: Mapping[str, Any]) -> Profile:
         """Return the inverse of ``to_json``."""
         ranges = {axis: SizeRange(**data[axis]) for axis in ("batch", "height", "width")}
-        return cls(**ranges, shapes=tuple((height, width) for height, width in data.get("shapes", ())))
+        text = SizeRange(**data["text"]) if data.get("text") else None
+        return cls(**ranges, shapes=tuple((height, width) for height, width in data.get("shapes", ())), text=text)
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dictionary for the manifest."""
-        return {**asdict(self), "shapes": [list(shape) for shape in self.shapes]}
+        found = {**asdict(self), "shapes": [list(shape) for shape in self.shapes]}
+        if self.text is None:
+            del found["text"]  # as in the manifests of bundles that know nothing of it
+        return found
 
     def check_shape(self, height: int, width: int) -> None:
         """Refuse a size that is in the ranges, but not in the list of sizes.
@@ -127,9 +133,10 @@ class Profile:
 
         ``samples`` are what UNet and ControlNet run on: guidance makes two of each picture. ``pictures`` are what the
         decoder and the probe run on, ``prompts`` what the text encoder does. ``rows`` and ``columns`` are height and
-        width in steps of ``multiple`` pixels.
+        width in steps of ``multiple`` pixels. ``tokens`` are there where prompts have no fixed length.
         """
         return {
+            **({"tokens": self.text} if self.text else {}),
             "samples": SizeRange(self.batch.min, 2 * self.batch.opt, 2 * self.batch.max),
             "pictures": self.batch,
             "prompts": SizeRange(1, self.batch.opt, self.batch.max),

@@ -1,8 +1,9 @@
 """The inputs on which a graph is judged.
 
-At the smallest size, every timestep and guidance on and off; at each other size of ``Profile.corners``, one call with
-all of its rows. No module of a model looks from one sample to another, so that two different samples, each
-in many rows, show as much as many different ones, and the float32 reference computes these two only.
+At the smallest size, every timestep, guidance on and off, and the shortest and longest prompts where their length is
+free; at each other size of ``Profile.corners``, one call with all of its rows. No module of a model looks from one
+sample to another, so that two different samples, each in many rows, show as much as many different ones, and the
+float32 reference computes these two only.
 """
 
 from __future__ import annotations
@@ -63,17 +64,21 @@ def cases(graph: Graph, profile: Profile, multiple: int) -> Iterator[Case]:
     doubled = any("samples" in spec.shape for spec in graph.inputs)  # with guidance, each picture is two samples
     first, *others = sorted(profile.corners(), key=lambda corner: corner[0] * corner[1] * corner[2])
     made: dict[tuple[object, ...], dict[str, Tensor]] = {}
+    lengths = profile.text if any("tokens" in spec.shape for spec in graph.inputs) else None
 
-    def case(corner: tuple[int, int, int], *, guided: bool, timestep: float) -> Case:
+    def case(corner: tuple[int, int, int], *, guided: bool, timestep: float, tokens: int | None = None) -> Case:
         pictures, height, width = corner
         rows = 2 * pictures if guided else pictures
         different = min(rows, 2)
         sizes = {"rows": height // multiple, "columns": width // multiple}
-        key = (different, height, width, guided, timestep)
+        if lengths is not None:
+            sizes["tokens"] = tokens or lengths.opt
+        key = (different, height, width, guided, timestep, tokens)
         if key not in made:
             symbols = sizes | dict.fromkeys(_COUNTS, different)
             made[key] = _inputs(graph, symbols, timestep, seed=len(made))
         name = f"{pictures}x{height}x{width}{' guided' if guided else ''}{f' t={timestep:.0f}' if has_time else ''}"
+        name += f" {tokens} tokens" if tokens else ""
         return Case(name, made[key], _mixture(rows) if rows > different else ())
 
     low, middle, high = TIMESTEPS
@@ -82,6 +87,8 @@ def cases(graph: Graph, profile: Profile, multiple: int) -> Iterator[Case]:
         yield from (case(first, guided=False, timestep=timestep) for timestep in (low, high))
     for corner in others:
         yield case(corner, guided=doubled, timestep=middle)
+    for tokens in dict.fromkeys((lengths.min, lengths.max)) if lengths else ():
+        yield case(first, guided=doubled, timestep=middle, tokens=tokens)
 
 
 def _inputs(graph: Graph, symbols: dict[str, int], timestep: float, seed: int) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from icexport.conditions import Condition
 from icexport.errors import UnsupportedOptionError, UsageError
 from icexport.fidelity.monitor import FidelityMonitor
 from icexport.fidelity.report import FidelityReport
+from icexport.graphs.profile import SizeRange
 from icexport.host.pixels import as_pictures
 from icexport.models.precision import PRECISIONS
 from icexport.models.probe import ProbeConfig
@@ -238,18 +239,21 @@ class Controlled(Refusals):
             raise TypeError(f"{type(self).__name__}() got unknown arguments: {', '.join(names)}")
 
     def _check_embeds(self, **given: Tensor | None) -> None:
-        """Refuse embeddings that do not fit the exported graphs, whose number of tokens is fixed.
+        """Refuse embeddings that do not fit the exported graphs.
 
         Raises:
             UsageError: they do not.
         """
-        config = self.bundle.manifest.configs["text_encoder"]
-        length, width = config["max_position_embeddings"], config["hidden_size"]
+        config, text = self.bundle.manifest.configs["text_encoder"], self.bundle.manifest.profile.text
+        own, width = config["max_position_embeddings"], config["hidden_size"]
+        length = text or SizeRange(own, own, own)
         for name, embeds in given.items():
-            if embeds is not None and (embeds.ndim != 3 or tuple(embeds.shape[1:]) != (length, width)):
+            if embeds is not None and not (
+                embeds.ndim == 3 and embeds.shape[1] in length and embeds.shape[2] == width
+            ):
                 raise UsageError(
-                    f"{name} has shape {tuple(embeds.shape)}: the bundle takes [B,{length},{width}], {length} tokens "
-                    f"of {width} values each. Longer ones are not possible; pad shorter ones, as encode_prompt does."
+                    f"{name} has shape {tuple(embeds.shape)}: the bundle takes [B,S,{width}], S = {length} tokens. "
+                    f"For others, build with --text-length {own}:{own}:{3 * own}, or pad them as encode_prompt does."
                 )
 
     def _prepare(

@@ -86,13 +86,13 @@ def test_every_option_arrives(icexport, fake: Fake) -> None:
         *("--opset", "20", "--output", "o", "--force", "--check-hashes", "--no-verify", "--no-preflight"),
         *("--target-sm", "86", "89", "--target-sm", "120", "--optimization-level", "1", "--workspace", "64"),
         *("--no-plugins", "--engine-store", "s", "--shape", "64x64", "--shape", "64x128"),
-        *("--vae", "v", "--variant", "fp16", "--model-config", "mc"),
+        *("--vae", "v", "--variant", "fp16", "--model-config", "mc", "--text-length", "77:77:231"),
     )
     assert run.exit_code == 0, run.stderr
     wanted = {"cond": "canny", "model": "m", "controlnet": "c", "probe": "p", "backend": ["torch", "onnxruntime"]}
     wanted |= {"dtype": "fp16", "height": "64:64:128", "width": "64", "batch_size": "2", "opset": 20}
     wanted |= {"target_sm": [86, 89, 120], "optimization_level": 1, "workspace_mb": 64, "plugins": False}
-    wanted |= {"vae": "v", "variant": "fp16", "model_config": "mc"}
+    wanted |= {"vae": "v", "variant": "fp16", "model_config": "mc", "text_length": "77:77:231"}
     wanted |= {"engine_store": Path("s"), "shapes": ["64x64", "64x128"]}
     wanted |= {"output": Path("o"), "force": True, "check_hashes": True, "verify": False, "preflight": False}
     assert fake.calls == [wanted]

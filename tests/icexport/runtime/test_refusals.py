@@ -82,7 +82,7 @@ def test_errors_of_diffusers_stay(pipe: InnerControlPipeline) -> None:
     with pytest.raises(ValueError, match="larger or equal to control guidance end"):
         pipe("a", CONTROL, control_guidance_start=0.5, control_guidance_end=0.5)
     with pytest.raises(
-        UsageError, match=r"prompt_embeds has shape \(1, 9, 16\): the bundle takes \[B,12,16\], 12 tokens"
+        UsageError, match=r"prompt_embeds has shape \(1, 9, 16\): .* \[B,S,16\], S = 12 .*--text-length 12:12:36"
     ):
         pipe(None, CONTROL, prompt_embeds=torch.zeros(1, 9, 16), negative_prompt_embeds=torch.zeros(1, 9, 16))
 
