@@ -71,7 +71,7 @@ def test_the_same_pictures_as_in_float32(
 ) -> None:
     if how == SIMULATION:
         monkeypatch.setattr(
-            "icexport.runtime.controlled.load_engine", lambda bundle, graph, **_: simulated(bundle, graph)
+            "icexport.runtime.loading.load_engine", lambda bundle, graph, **_: simulated(bundle, graph)
         )
     half = icexport.InnerControlPipeline.from_pretrained(half_bundle, backend="onnxruntime")
     half.set_progress_bar_config(disable=True)

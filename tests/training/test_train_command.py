@@ -151,8 +151,12 @@ def test_a_dry_run_checks_everything_and_writes_nothing(
     [
         (("--cond", "hed"), 2, "has no ControlNet for hed"),
         (("--cond", "depth", "--controlnet", "scratch"), 2, "needs a probe for depth"),
-        (("--set", "data.resolution=24", "--set", "model.base=none"), 1, "none is neither a folder nor a Hub id"),
-        (("--probe", "./missing"), 1, "./missing is neither a folder nor a Hub id"),
+        (
+            ("--set", "data.resolution=24", "--set", "model.base=none"),
+            1,
+            "none is neither a file, nor a folder, nor a Hub id",
+        ),
+        (("--probe", "./missing"), 1, "./missing is neither a file, nor a folder, nor a Hub id"),
     ],
 )
 def test_what_cannot_be_trained_is_one_clear_message(
@@ -182,7 +186,7 @@ def test_an_empty_folder_and_a_probe_of_another_condition_are_refused(
     config = tmp_path / "probe" / "config.json"
     config.write_text(config.read_text().replace('"canny"', '"depth"'))
     result = train("controlnet", *common(tiny_model, eight_pictures, tmp_path / "run"), "--probe", tmp_path / "probe")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "condition of probe and ControlNet differ: depth and canny" in result.stderr
     assert not (tmp_path / "run").exists()
 

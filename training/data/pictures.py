@@ -60,13 +60,13 @@ class Cut:
 
 
 def decode(content: Content | None) -> Image.Image:
-    """Return a picture of any 8-bit mode, upright by its EXIF orientation, RGB, transparent parts on white.
+    """Return a picture of any mode, upright by its EXIF orientation, RGB of 8 bits, transparent parts on white.
 
     Args:
         content: the picture's file; None: there is none.
 
     Raises:
-        BrokenPictureError: the picture is missing, empty, damaged, not a picture, or has more than 8 bits.
+        BrokenPictureError: the picture is missing, empty, damaged, not a picture, or of an unknown range.
     """
     if content is None:
         raise BrokenPictureError("there is no picture")
@@ -75,7 +75,7 @@ def decode(content: Content | None) -> Image.Image:
         if not data:
             raise BrokenPictureError("the file is empty")
         with Image.open(io.BytesIO(data)) as picture:
-            return to_rgb(ImageOps.exif_transpose(picture))
+            return to_rgb(picture)
     except UnidentifiedImageError as error:
         raise BrokenPictureError("the file is not a picture that Pillow can read") from error
     except _DAMAGE as error:

@@ -35,7 +35,7 @@ def damaged(tmp_path: Path) -> Path:
     (folder / "001.png").write_bytes(b"")
     (folder / "002.png").write_text("not a picture")
     (folder / "004.png").unlink()
-    Image.fromarray(np.full((9, 9), 60_000, np.uint16)).save(folder / "005.png")
+    Image.fromarray(np.full((9, 9), 60_000, np.int32)).save(folder / "005.png", format="TIFF")
     (folder / "007.png").write_bytes(making.png(making.picture(7, 400, 400))[:300])
     return folder
 
@@ -48,7 +48,7 @@ def test_broken_pictures_are_replaced_counted_and_warned_about_once(
     assert set(ids(batches, 12)) == {"003.png", "006.png"}
     assert set(batches.counts.broken) == {f"00{i}.png" for i in (0, 1, 2, 4, 5, 7)}
     assert batches.counts.summary() == {"broken_pictures": 6, "without_caption": 1}
-    assert "8 bits" in batches.counts.broken["005.png"]
+    assert "integers of 32 bits" in batches.counts.broken["005.png"]
     assert "No such file" in batches.counts.broken["004.png"]
     assert caplog.text.count("Broken picture: ") == 6
     assert caplog.text.count("No caption: 003.png") == 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,17 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert turned[16].mean() < 50
 
 
+def tiff(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="TIFF")
+    return buffer.getvalue()
+
+
+def test_deep_pictures_are_rounded() -> None:
+    image = decode(png(Image.fromarray(np.full((4, 4), 40_000, np.uint16))))
+    assert (image.mode, image.getpixel((0, 0))) == ("RGB", (156, 156, 156))
+
+
 def half_a_picture() -> bytes:
     content = png(picture(1, 200, 200))
     return content[: len(content) // 2]
@@ -52,7 +64,7 @@ def half_a_picture() -> bytes:
         (b"GIF89a but not really", "picture|GIF|image"),
         (b"just text", "not a picture"),
         (half_a_picture(), "truncated"),
-        (png(Image.fromarray(np.full((4, 4), 40_000, np.uint16))), "8 bits"),
+        (tiff(Image.fromarray(np.full((4, 4), 40_000, np.int32))), "integers of 32 bits"),
         (Path("nowhere/missing.png"), "missing.png"),
     ],
 )

@@ -12,7 +12,7 @@ from diffusers import ControlNetModel
 from torch.nn import functional as F
 
 from icexport import conditions
-from icexport.errors import CheckpointError, UnsupportedOptionError, UsageError
+from icexport.errors import UnsupportedOptionError, UsageError
 from icexport.models.probe import InnerControlProbe
 from tests.training.tiny_training import CANNY, networks, pictures, seeded
 from training.tasks.controlnet import ControlNetTask
@@ -242,7 +242,7 @@ MISFITS: dict[str, Callable[[Parts], InnerControlProbe]] = {
 @pytest.mark.parametrize("message", MISFITS)
 def test_a_probe_that_does_not_fit_is_refused_before_training(parts: Parts, message: str) -> None:
     models, controlnet, _ = parts
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(UsageError) as error:
         task((models, controlnet, MISFITS[message](parts)))
     assert message in str(error.value)
 

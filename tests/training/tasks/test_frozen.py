@@ -52,7 +52,7 @@ def test_other_families_are_refused(tiny_model: Path, tmp_path: Path, change: di
         file = tmp_path / "model/unet/config.json"
         extra = {**change, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16}
         UNet2DConditionModel.from_config({**config, **extra}).save_pretrained(file.parent)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(UsageError, match=message):
         load_base(str(tmp_path / "model"))
 
 
@@ -69,7 +69,7 @@ def test_a_new_controlnet_copies_the_encoder_and_shrinks_the_map_as_the_autoenco
 def test_a_controlnet_of_another_architecture_is_refused(tiny_model: Path) -> None:
     models, controlnet, _ = networks(tiny_model)
     controlnet.register_to_config(cross_attention_dim=8, conditioning_embedding_out_channels=(8, 16, 32))
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(UsageError) as error:
         models.check_fit("canny", controlnet, None)
     assert "text width of controlnet and text_encoder differ: 8 and 16" in str(error.value)
     assert "pixels per latent cell of controlnet and vae differ: 4 and 2" in str(error.value)
