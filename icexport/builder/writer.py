@@ -83,15 +83,14 @@ class _Writer:
                 self._expect(graph, lowered)
             module = lowered if from_module else None
             del lowered
-            memory.release()
+            _release()
             if real is not None:
                 entry = self._move_islands(entry, graph, real)
             entries[graph.name] = entry
             for backend in from_module:
                 engines |= make_engine(backend, self._request(graph.name, entry, module))
             del graph, module, real
-            gc.collect()
-            memory.release()
+            _release()
         self._progress("hash the files")
         # Only now: the models are out of memory, which a builder needs for itself.
         for backend in (b for b in backends if not b.from_module):
@@ -128,7 +127,7 @@ class _Writer:
         real = real_cases(
             list(split(spec.source, REFERENCE.torch, spec.profile)), spec.source, spec.profile, self._progress
         )
-        memory.release()
+        _release()
         return map(lambda graph: (graph, real.pop(graph.name)), split(spec.source, REFERENCE.torch, spec.profile))  # noqa: C417
 
     def _expect(self, graph: Graph, lowered: Graph) -> None:
@@ -227,3 +226,9 @@ class _Writer:
         theirs = {name: found for name, path in source.paths.items() if (found := source.hashes.settled(path))}
         manifest.stamps = Stamps(theirs, own)
         manifest.write(self._folder)
+
+
+def _release() -> None:
+    """Free what nobody holds any more; modules are in cycles, so that it takes a collection."""
+    gc.collect()
+    memory.release()
