@@ -82,10 +82,9 @@ def whole_model(base: BaseModel) -> Conversion:
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     parts = base.parts.values()
-    counts = [_count(part) for part in parts]
     files = dict.fromkeys(file for part in parts for file in part.weights.files)
     return Conversion(
-        "model", fill, _hash(files), sum(c for c, _ in counts), sum(part.elements() for part in parts), index
+        "model", fill, _hash(files), sum(_count(part) for part in parts), sum(part.elements() for part in parts), index
     )
 
 
@@ -95,7 +94,7 @@ def component(part: Part) -> Conversion:
         part.name,
         lambda folder: _save(part, folder),
         _hash(dict.fromkeys(part.weights.files)),
-        _count(part)[0],
+        _count(part),
         part.elements(),
         part.config,
     )
@@ -128,10 +127,10 @@ def _save(part: Part, folder: Path) -> None:
     _LOADERS[part.name](part, _dtype(part)).save_pretrained(folder)
 
 
-def _count(part: Part) -> tuple[int, int]:
-    """Return numbers of tensors and files."""
+def _count(part: Part) -> int:
+    """Return the number of tensors."""
     files = [Path(file) for file in part.weights.files if file != part.weights.index]
-    return sum(name.startswith(part.prefix) for file in files for name in tensor_shapes(file)), len(files)
+    return sum(name.startswith(part.prefix) for file in files for name in tensor_shapes(file))
 
 
 def _hash(files: Mapping[str, object]) -> str:
