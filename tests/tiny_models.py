@@ -7,14 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UniPCMultistepScheduler
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    DPTConfig,
-    DPTForDepthEstimation,
-    DPTImageProcessorPil,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.taps import Taps
@@ -164,6 +157,9 @@ def save_tiny_depth(folder: Path, side: int = 32, patch: int = 8, std: float = 0
         bias: bias of its last convolution: a high one keeps the ReLU behind it from giving zeros only; None: as it is.
     """
     torch.manual_seed(0)
+    # Here, because the environment of the optimum extra has transformers 4, and no depth network.
+    from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
+
     config = DPTConfig(
         hidden_size=16,
         num_hidden_layers=4,

@@ -18,17 +18,23 @@ What one gets, beside optimum's own text encoder, VAE encoder, VAE decoder, toke
 * ``unet/model.onnx`` that takes the residuals and gives the taps and the time embedding, in the place of optimum's;
 * ``probe/model.onnx``, unless the probe is ``"none"``;
 
-with the inputs and outputs of ARCHITECTURE.md, batch, height and width free, and a ``config.json`` each. optimum
-checks each file against PyTorch, and its options (``--opset``, ``--dtype``, ``--atol``, ``--no-dynamic-axes`` ...)
-hold for these parts as for its own. ``--dtype fp16`` needs ``--atol 0.1`` or so, because optimum's tolerances are
+with the inputs and outputs of ARCHITECTURE.md, batch, height and width free, and a ``config.json`` each. The
+``model_index.json`` names the pipeline that can run it, which is ours::
+
+    from icexport.optimum.pipeline import ORTStableDiffusionControlNetPipeline
+    pipe = ORTStableDiffusionControlNetPipeline.from_pretrained("OUT")
+    pipe("a red apple", image=edges).images[0]
+
+optimum checks each file against PyTorch, and its options (``--opset``, ``--dtype``, ``--atol``, ``--no-dynamic-axes``
+...) hold for these parts as for its own. ``--dtype fp16`` needs ``--atol 0.1`` or so, because optimum's tolerances are
 those of float32 and optimum-onnx 0.1.0 stops when more than three parts miss them. Commands without ``"condition"``
 are optimum's, unchanged.
 
 What does not work: a ControlNet without a base model (the UNet's graph must take its residuals); running the result
-with ``ORTStableDiffusionPipeline``, whose UNet takes no residuals; several ControlNets at once; SDXL and SD 3; a text
-encoder or tokenizer saved by transformers 5, which transformers 4 cannot read (refused, because the text encoder would
-be exported with random weights). The parts are traced by TorchScript, which is what optimum uses. Parity gate,
-fidelity, engines and cache are ``icexport build``'s alone.
+with a pipeline of optimum's own, none of which has a ControlNet (it says that it does not know this one); several
+ControlNets at once; SDXL and SD 3; a text encoder or tokenizer saved by transformers 5, which transformers 4 cannot
+read (refused, because the text encoder would be exported with random weights). The parts are traced by TorchScript,
+which is what optimum uses. Parity gate, fidelity, engines and cache are ``icexport build``'s alone.
 
 How it hooks in: optimum-cli imports the files in its namespace folder ``optimum/commands/register``, a place for
 further commands. ``register`` writes one there, because a wheel that brought it along would make ``import optimum``

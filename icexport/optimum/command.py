@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from icexport.errors import IcexportError, UsageError
 
 _NAMES = ("condition", "controlnet", "probe")
 _EXAMPLE = """--model-kwargs '{"condition": "canny", "controlnet": "FOLDER_OR_HUB_ID", "probe": "none"}'"""
+_NEXT = """To draw with it, in Python:
+    from icexport.optimum.pipeline import ORTStableDiffusionControlNetPipeline
+    pipe = ORTStableDiffusionControlNetPipeline.from_pretrained({folder!r})"""
 _FILE_NAME = "register_icexport.py"
 # optimum-cli imports this at every start, also after icexport is gone.
 _FILE_TEXT = '''"""Written by `python -m icexport.optimum register`; `unregister` in its place removes it."""
@@ -31,22 +35,38 @@ def extend_export() -> None:
 
     def run(self: Any) -> None:
         kwargs = self.args.model_kwargs or {}
-        control = {name: kwargs.pop(name) for name in _NAMES if name in kwargs}
-        if not control:
-            plain(self)
-            return
-        from icexport.optimum.export import controlled
-
         try:
-            if "condition" not in control or not all(isinstance(value, str) for value in control.values()):
-                raise UsageError(f"A ControlNet export needs a condition, and texts as values; got {control}.")
+            control = _control(kwargs)
+            if not control:
+                plain(self)
+                return
+            from icexport.optimum.export import controlled
+
+            self.args.model_kwargs = None
             with controlled(model=self.args.model, **control):
                 plain(self)
+            print(_NEXT.format(folder=self.args.output))  # noqa: T201 - a command's own output
         except IcexportError as error:
             hint = f" In optimum-cli, these options go into {_EXAMPLE}." if isinstance(error, UsageError) else ""
             raise SystemExit(f"Error: {error}{hint}") from error
 
     ONNXExportCommand.run = run
+
+
+def _control(kwargs: dict[str, Any]) -> dict[str, str]:
+    """Return the options of a ControlNet export; none: it is another kind of export.
+
+    Raises:
+        UsageError: a name or a value is wrong, or only looks like one of ours.
+    """
+    wrong = sorted(kwargs.keys() - set(_NAMES))
+    if len(wrong) == len(kwargs) and not any(get_close_matches(name, _NAMES) for name in wrong):
+        return {}
+    if wrong:
+        raise UsageError(f"A ControlNet export knows {', '.join(_NAMES)}, but not {', '.join(wrong)}.")
+    if "condition" not in kwargs or not all(isinstance(value, str) for value in kwargs.values()):
+        raise UsageError(f"A ControlNet export needs a condition, and texts as values; got {kwargs}.")
+    return kwargs
 
 
 def register() -> Path:

@@ -26,6 +26,7 @@ from icexport.models.precision import precision
 from icexport.models.probe import CONFIG_NAME, InnerControlProbe
 from icexport.models.sizes import latent_multiple, vae_factor
 from icexport.models.source import ModelSource
+from icexport.optimum.pipeline import name_pipeline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -57,6 +58,13 @@ def controlled(condition: str, model: str, controlnet: str | None = None, probe:
     def with_control(pipeline: DiffusionPipeline, *args: Any, float_dtype: str = "fp32", **kwargs: Any) -> Any:
         nonlocal asked
         asked = True
+        save_config = pipeline.save_config
+
+        def save(folder: Path, **options: Any) -> None:
+            save_config(folder, **options)
+            name_pipeline(folder)
+
+        pipeline.save_config = save
         return plain(pipeline, *args, float_dtype=float_dtype, **kwargs) | _parts(pipeline, source, float_dtype)
 
     optimum_parts.get_diffusion_models_for_export = with_control

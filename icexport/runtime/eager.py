@@ -13,10 +13,17 @@ from icexport.runtime.schedulers import load_scheduler
 
 
 def eager_pipeline(
-    *, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, controlnet: Any, scheduler: SchedulerMixin
+    *,
+    unet: Any,
+    vae: Any,
+    text_encoder: Any,
+    tokenizer: Any,
+    controlnet: Any,
+    scheduler: SchedulerMixin,
+    kind: type[StableDiffusionControlNetPipeline] = StableDiffusionControlNetPipeline,
 ) -> StableDiffusionControlNetPipeline:
     """Return a pipeline of these models as they are, without a safety checker and without a progress bar."""
-    pipe = StableDiffusionControlNetPipeline(
+    pipe = kind(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from optimum.commands import optimum_cli
 from optimum.exporters import utils as optimum_parts
+from optimum.onnxruntime import ORTDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -27,6 +30,8 @@ from icexport.models.source import ModelSource
 from icexport.models.taps import Taps
 from icexport.optimum import command
 from icexport.optimum.export import controlled
+from icexport.optimum.pipeline import ORTStableDiffusionControlNetPipeline
+from icexport.runtime.eager import load_eager
 from tests import tiny_models
 from tests.tiny_models import TEXT_LENGTH, save_tiny_model
 
@@ -186,6 +191,38 @@ def test_numbers_are_diffusers(exported: Path, source: ModelSource, batch: int, 
         torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
+def draw(pipe: StableDiffusionControlNetPipeline) -> np.ndarray[Any, Any]:
+    edges = torch.zeros(1, 3, 32, 48)
+    edges[..., 8:24, 20] = 1
+    generator = torch.Generator().manual_seed(7)
+    drawn = pipe("a red apple", image=edges, num_inference_steps=3, generator=generator, output_type="np")
+    return np.asarray(drawn.images)
+
+
+def test_what_comes_out_names_a_pipeline_that_draws_it(exported: Path, source: ModelSource) -> None:
+    index = json.loads((exported / "model_index.json").read_text())
+    assert index["_class_name"] == ORTStableDiffusionControlNetPipeline.__name__
+    assert index["controlnet"] == ["diffusers", "ControlNetModel"]
+
+    found = draw(ORTStableDiffusionControlNetPipeline.from_pretrained(exported))
+
+    expected = draw(load_eager(source, torch.float32))
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+def test_an_export_without_a_controlnet_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not exported with a ControlNet"):
+        ORTStableDiffusionControlNetPipeline.from_pretrained(model)
+    with pytest.raises(CheckpointError, match="is no pipeline of optimum"):
+        ORTStableDiffusionControlNetPipeline.from_pretrained(tmp_path)
+
+
+def test_optimums_own_loader_says_that_it_does_not_know_it(exported: Path) -> None:
+    with pytest.raises(ValueError, match="ORTStableDiffusionControlNetPipeline"):
+        ORTDiffusionPipeline.from_pretrained(exported)
+
+
 def test_scale_zero_is_no_control(exported: Path, source: ModelSource) -> None:
     inputs = {
         "sample": torch.ones(2, 4, 8, 8),
@@ -252,6 +289,8 @@ def without_unet(model: Path) -> None:
         ),
         ({"controlnet": "controlnet-canny"}, None, "needs a condition"),
         ({"condition": "canny", "probe": None}, None, "texts as values"),
+        ({"conditon": "canny"}, None, "knows condition, controlnet, probe, but not conditon"),
+        ({"condition": "canny", "control": "x"}, None, "but not control"),
         ({"condition": "canny"}, without_unet, "it lacks unet/config.json"),
         ({"condition": "canny"}, saved_by_transformers_5, "was saved by transformers 5"),
     ],
@@ -285,10 +324,7 @@ def test_the_error_is_one_line(model: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 1
-    assert (
-        "is no folder of Stable Diffusion 1 and 2 as diffusers saves it: it lacks unet/config.json"
-        in run.stderr.splitlines()[-1]
-    )
+    assert "controlnet-canny is no base model: it is a ControlNet." in run.stderr.splitlines()[-1]
     assert "Traceback" not in run.stderr
 
 
