@@ -46,6 +46,11 @@ class Part:
         """
         path = folder / CONFIG_NAME
         config = read_config(path)
+        if config.get("model_type") == "clip" and isinstance(config.get("text_config"), dict):
+            config = {
+                **config["text_config"],
+                "architectures": config.get("architectures"),
+            }  # as transformers reads it
         if not kinds.fits(name, config):
             kind = kinds.kind_of_config(config)
             what = kinds.explain(kind) if kind and kind.part != name else f"a {kinds.class_of(config)}"

@@ -17,11 +17,13 @@ from torch import Tensor
 import icexport
 from icexport.bundle.store import Bundle
 from icexport.errors import CheckpointError, UsageError
+from icexport.models.fit import check_source
 from icexport.models.hub import locate, wanted_files
 from icexport.models.source import ModelSource
 from icexport.models.weights import find_weights
 from tests.icexport.models.layouts import F32, PARTS, assert_same, changed, save, shard, stem
 from tests.icexport.models.originals import original_controlnet, original_vae, single_file, state_of
+from tests.tiny_models import TEXT_LENGTH
 
 
 @pytest.fixture
@@ -260,6 +262,28 @@ def test_the_index_names_the_scheduler(model: Path, tmp_path: Path) -> None:
     assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
     assert {n: v for n, v in theirs.config.items() if not n.startswith("_")}.items() <= ours.config.items()
     assert bundle.manifest.configs["scheduler"]["_class_name"] == "DDIMScheduler"
+
+
+def test_a_text_encoder_whose_config_is_that_of_clip(model: Path, tiny_model: Path) -> None:
+    path = model / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    own = {"model_type": "clip", "architectures": config.pop("architectures"), "projection_dim": 8}
+    path.write_text(json.dumps(own | {"text_config": config}))
+
+    source = ModelSource.find("canny", str(model))
+
+    check_source(source)
+    assert source.full_config("text_encoder")["max_position_embeddings"] == TEXT_LENGTH
+    assert_same(source, tiny_model)
+
+
+@pytest.mark.parametrize(("length", "said"), [(8, "8"), (None, "not said"), (1e30, "1000000000000000")])
+def test_a_tokenizer_of_another_length(model: Path, length: float | None, said: str) -> None:
+    path = model / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+
+    with pytest.raises(UsageError, match=f"tokens of a prompt of tokenizer and text_encoder differ: {said}"):
+        check_source(ModelSource.find("canny", str(model)))
 
 
 def test_a_bundle_of_single_files(tiny_model: Path, tiny_bundle: Path, tmp_path: Path) -> None:
