@@ -66,6 +66,8 @@ class OnnxRuntimeEngine:
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<i>"``.
         weights: folder of the file's external data; None: that of the file.
         threads: number of CPU threads within an operator; None leaves the choice to ONNX Runtime.
+        arena: on a CPU, take what a call needs from an arena, and hold no tensor longer than it is read. That is least
+            for graphs of many tensors; with few large ones, of which the arena's pieces are no multiples, it is more.
 
     Raises:
         BackendUnavailableError: if ONNX Runtime or the device cannot be used. There is no fallback to another device.
@@ -82,6 +84,7 @@ class OnnxRuntimeEngine:
         *,
         weights: str | Path | None = None,
         threads: int | None = None,
+        arena: bool = False,
     ) -> None:
         self.name = name
         self.path = Path(path)
@@ -89,7 +92,8 @@ class OnnxRuntimeEngine:
         self.device = as_device(device)
         require_device(self.backend, check(), self.device.type)
         # Any: onnxruntime ships no type information.
-        self._session: Any | None = _open_session(self.path, self.weights, self.device, threads)
+        self._arena = arena and self.device.type == "cpu"
+        self._session: Any | None = _open_session(self.path, self.weights, self.device, threads, self._arena)
         self.inputs = tuple(_spec(node, self.path) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node, self.path) for node in self._session.get_outputs())
         self._dtypes = {spec.name: spec.dtype for spec in self.outputs}
@@ -126,7 +130,7 @@ class OnnxRuntimeEngine:
         if self.device.type == "cuda":
             # ONNX Runtime works on a stream of its own: what torch still has queued for the bound memory comes first.
             torch.cuda.current_stream(self.device).synchronize()
-        options = _run_options()
+        options = _run_options(self._arena)
         try:
             self._run(
                 lambda: session.run_with_iobinding(binding, options), lambda: setattr(options, "terminate", True)
@@ -156,13 +160,17 @@ class OnnxRuntimeEngine:
         self._run.close()
 
 
-def _run_options() -> Any:
+def _run_options(arena: bool) -> Any:
     import onnxruntime
 
-    return onnxruntime.RunOptions()
+    options = onnxruntime.RunOptions()
+    if arena:
+        # The next call is another graph's, or has another size.
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
-def _open_session(path: Path, weights: Path, device: torch.device, threads: int | None) -> Any:
+def _open_session(path: Path, weights: Path, device: torch.device, threads: int | None, arena: bool) -> Any:
     """Open a session on exactly one device; with CUDA, ONNX Runtime keeps the arithmetic of shapes on the CPU."""
     import onnxruntime
 
@@ -171,10 +179,10 @@ def _open_session(path: Path, weights: Path, device: torch.device, threads: int 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_FATAL_ONLY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # What a call needed goes back at its end: the next call is another graph's, or has another size. An arena would
-    # keep it, with pattern or without.
     options.enable_mem_pattern = False
-    options.enable_cpu_mem_arena = False
+    options.enable_cpu_mem_arena = arena
+    # ONNX Runtime would keep a tensor's memory for the next one of its size, were that half a model later.
+    options.enable_mem_reuse = not arena
     if threads is not None:
         options.intra_op_num_threads = threads
     model: str | bytes = str(path)

@@ -24,7 +24,12 @@ from icexport.host.versions import versions
 SCHEMA = 1
 OK, FAILED, KILLED, SKIPPED = "ok", "failed", "killed", "skipped"
 _STEP = re.compile(r"^\[ *\d+/\d+\] (.*\S) +(\d+\.\d) s$", re.MULTILINE)
-_MACHINE = "import json; from icexport.host.versions import machine; print(json.dumps(machine()))"
+_MACHINE = """
+import json
+from icexport.host.speed import convolution_rate
+from icexport.host.versions import machine
+print(json.dumps(machine() | {"convolutions": f"{convolution_rate() / 1e9:.0f} GFLOP/s"}))
+"""
 
 
 class OtherResultsError(Exception):

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 REWRITES = ("MultiHeadAttention", "split GroupNormalization")
 """Part of the engines' keys: a change of a rewrite gives it another name."""
 
+_FEW_LARGE_TENSORS = ("vae_decoder",)
+"""Graphs that need less memory without an arena."""
+
 
 class OnnxRuntime(Backend):
     """ONNX Runtime on CPU and CUDA. It has no bfloat16 kernels for most operators."""
@@ -55,4 +58,5 @@ class OnnxRuntime(Backend):
 
         plain = bundle.onnx(entry.graph)
         path = bundle.file(entry.files[0]) if entry.files else plain
-        return OnnxRuntimeEngine(entry.graph, path, device, weights=plain.parent)
+        arena = entry.graph not in _FEW_LARGE_TENSORS
+        return OnnxRuntimeEngine(entry.graph, path, device, weights=plain.parent, arena=arena)

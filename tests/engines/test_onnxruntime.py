@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from engines.base import TensorSpec
 from engines.errors import BackendUnavailableError, EngineError, OutOfMemoryError, ShapeError
 from engines.onnxruntime import OnnxRuntimeEngine
 
+ROOT = Path(__file__).parents[2]
 SCALER = """
 <ir_version: 8, opset_import: ["" : 18]>
 graph (float[batch, 2, width] x, float[batch] scale) => (float[batch, 2, width] y, float[2] total, int64[3] size)
@@ -245,7 +247,7 @@ def test_no_fallback_when_the_cuda_provider_does_not_start(tmp_path: Path, monke
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", CpuOnlySession)
     with pytest.raises(BackendUnavailableError, match="could not be started"):
-        backend._open_session(save(SCALER, tmp_path / "scaler.onnx"), tmp_path, torch.device("cuda:0"), None)
+        backend._open_session(save(SCALER, tmp_path / "scaler.onnx"), tmp_path, torch.device("cuda:0"), None, False)
 
 
 @pytest.mark.parametrize(("torch_cuda", "devices"), [(True, ("cpu", "cuda")), (False, ("cpu",))])
@@ -283,3 +285,48 @@ def test_cuda_gives_the_same_numbers(tmp_path: Path) -> None:
         torch.testing.assert_close({name: tensor.cpu() for name, tensor in got.items()}, want)
     with pytest.raises(ShapeError, match="on cpu, expected cuda:0"):
         engine(sample(4, 5))
+
+
+def test_a_dead_tensor_is_not_kept_for_a_later_one(tmp_path: Path) -> None:
+    """One tensor of 64 MB at each end, two of 60 MB at once between them."""
+    path = tmp_path / "graph.onnx"
+    large, middle = [16_000_000], [15_000_000]
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        held (float[n,2] x, float[m,2] z) => (float[1,1] y) {
+            a = Neg(x)
+            b = Exp(a)
+            c = ReduceMax(b)
+            d = Mul(z, c)
+            e = Sub(z, c)
+            f = ReduceMax(d)
+            g = ReduceMax(e)
+            h = Add(f, g)
+            i = Mul(x, h)
+            j = Exp(i)
+            y = ReduceMax(j)
+        }
+    """
+    onnx.save(onnx.parser.parse_model(text), path)
+    program = """
+import sys, torch
+from engines.onnxruntime import OnnxRuntimeEngine
+def resident(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+engine = OnnxRuntimeEngine("held", sys.argv[1], arena=sys.argv[2] == "arena")
+inputs = {"x": torch.ones(8_000_000, 2), "z": torch.ones(7_500_000, 2)}
+before = resident("VmRSS")
+engine(inputs)
+print(resident("VmHWM") - before, resident("VmRSS") - before)
+"""
+
+    def taken(kind: str) -> tuple[int, int]:
+        command = [sys.executable, "-c", program, str(path), kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        most, after = map(int, done.stdout.split())
+        return most, after
+
+    most, after = taken("arena")
+    assert most < 150e6, "three of them at once are 184 MB"
+    assert after < 0.7 * most, "a call gives back all but the arena's first piece"
+    assert taken("none")[0] > 170e6, "or this test shows nothing"
