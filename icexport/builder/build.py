@@ -9,7 +9,6 @@ from pathlib import Path
 from icexport.backends import table
 from icexport.backends.base import PlanOptions
 from icexport.builder.options import BuildOptions, BuildSpec
-from icexport.builder.preflight import check_room
 from icexport.bundle.engine_store import EngineStore
 from icexport.bundle.store import Bundle, writing
 from icexport.errors import BundleError, DamagedBundleError, SchemaError
@@ -136,6 +135,7 @@ def build(
         )
     progress("check the model")
     from icexport import conditions  # with torch, as the next two; a cache hit does without
+    from icexport.builder.preflight import check_room
     from icexport.builder.writer import write_bundle
     from icexport.models.fit import check_source
 

@@ -1,4 +1,4 @@
-"""Refuses, before the long work, what would end in a full disk or with the kernel's killer."""
+"""Refuses, before the long work, what would end in a full disk or with the kernel's killer; tells how long it is."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 from engines.errors import OutOfMemoryError
 from icexport.backends import table
 from icexport.backends.footprint import Footprint
+from icexport.builder.duration import Work, seconds_needed
 from icexport.builder.options import BuildSpec
 from icexport.errors import BundleError
 from icexport.graphs.profile import Profile
 from icexport.host.memory import available
+from icexport.host.speed import convolution_rate
 from icexport.models.precision import precision
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ _ALL_OUTPUTS = 1.26
 
 
 def check_room(folder: Path, spec: BuildSpec) -> None:
-    """Tell what a build needs, and refuse it where that is not there.
+    """Tell how long a build takes and what it needs, and refuse it where that is not there.
 
     Args:
         folder: where it is written.
@@ -49,15 +51,30 @@ def check_room(folder: Path, spec: BuildSpec) -> None:
     memory, left = memory_needed(spec, weights), available()
     if memory is None:
         return
-    logger.info(
-        "This build needs about %.1f GB of memory (%.1f GB are free) and %.1f GB of disk (%.1f GB are free).",
-        *(value / 1e9 for value in (memory, left, disk, free)),
-    )
     if left < memory:
         raise OutOfMemoryError(
             f"This build takes about {memory / 1e9:.1f} GB of memory, and {left / 1e9:.1f} GB are free. With "
             "preflight=False or --no-preflight it is tried all the same"
         )
+    configs = {part: spec.source.full_config(part) for part in ("unet", "vae", "controlnet", "text_encoder")}
+    seconds = seconds_needed(
+        Work.of(configs, spec.profile, spec.source.family),
+        weights,
+        precision(spec.dtype),
+        convolution_rate(),
+        backends=len(spec.backends),
+        verify=spec.verify,
+    )
+    logger.info(
+        "This build takes about %s here, %.1f GB of memory (%.1f GB are free) and %.1f GB of disk (%.1f GB are free).",
+        _in_words(seconds),
+        *(value / 1e9 for value in (memory, left, disk, free)),
+    )
+
+
+def _in_words(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes} minutes" if minutes > 1 else "a minute"
 
 
 def memory_needed(spec: BuildSpec, weights: Mapping[str, int]) -> float | None:

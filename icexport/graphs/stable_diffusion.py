@@ -19,7 +19,7 @@ from transformers import CLIPTextModel
 from engines.base import TensorSpec
 from icexport.errors import UnsupportedOptionError
 from icexport.graphs.graph import Graph
-from icexport.models.family import STABLE_DIFFUSION
+from icexport.models.family import STABLE_DIFFUSION, Configs
 from icexport.models.probe import InnerControlProbe, ProbeConfig
 from icexport.models.sizes import latent_multiple, residual_channels, vae_factor
 from icexport.models.source import ModelSource
@@ -152,6 +152,21 @@ def split(source: ModelSource, dtype: torch.dtype) -> Iterator[Graph]:
         yield probe_graph(probe, unet, dtype)
     del unet, probe
     yield vae_decoder_graph(source.vae(dtype), latent_multiple(unet_config), dtype)
+
+
+def outlines(configs: Configs) -> Iterator[Graph]:
+    """Yield ControlNet, UNet and decoder without weights, on torch's meta device: what time goes to can be counted.
+
+    The UNet comes without what a probe reads, which costs nothing.
+    """
+    length, factor = configs["text_encoder"]["max_position_embeddings"], vae_factor(configs["vae"])
+    with torch.device("meta"):
+        controlnet = ControlNetModel.from_config(configs["controlnet"])
+        unet = UNet2DConditionModel.from_config(configs["unet"])
+        vae = AutoencoderKL.from_config(configs["vae"])
+    yield controlnet_graph(controlnet, length, factor, torch.float32)
+    yield unet_graph(unet, length, None, torch.float32)
+    yield vae_decoder_graph(vae, latent_multiple(configs["unet"]), torch.float32)
 
 
 def text_encoder_graph(text_encoder: CLIPTextModel, dtype: torch.dtype) -> Graph:

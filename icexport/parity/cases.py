@@ -20,7 +20,7 @@ from icexport.graphs.profile import Profile
 
 TIMESTEPS = (1.0, 500.0, 999.0)
 
-_COUNTS = ("samples", "pictures", "prompts")
+COUNTS = ("samples", "pictures", "prompts")
 """Symbols of the first axis, whose places are independent of each other."""
 
 
@@ -52,7 +52,7 @@ class Case:
 
 def counted(specs: Iterable[TensorSpec]) -> frozenset[str]:
     """Return the names of the tensors whose first axis counts independent samples."""
-    return frozenset(spec.name for spec in specs if spec.shape and spec.shape[0] in _COUNTS)
+    return frozenset(spec.name for spec in specs if spec.shape and spec.shape[0] in COUNTS)
 
 
 def cases(graph: Graph, profile: Profile, multiple: int) -> Iterator[Case]:
@@ -75,7 +75,7 @@ def cases(graph: Graph, profile: Profile, multiple: int) -> Iterator[Case]:
             sizes["tokens"] = tokens or lengths.opt
         key = (different, height, width, guided, timestep, tokens)
         if key not in made:
-            symbols = sizes | dict.fromkeys(_COUNTS, different)
+            symbols = sizes | dict.fromkeys(COUNTS, different)
             made[key] = _inputs(graph, symbols, timestep, seed=len(made))
         name = f"{pictures}x{height}x{width}{' guided' if guided else ''}{f' t={timestep:.0f}' if has_time else ''}"
         name += f" {tokens} tokens" if tokens else ""

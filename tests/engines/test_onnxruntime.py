@@ -290,7 +290,6 @@ def test_cuda_gives_the_same_numbers(tmp_path: Path) -> None:
 def test_a_dead_tensor_is_not_kept_for_a_later_one(tmp_path: Path) -> None:
     """One tensor of 64 MB at each end, two of 60 MB at once between them."""
     path = tmp_path / "graph.onnx"
-    large, middle = [16_000_000], [15_000_000]
     text = """
         <ir_version: 10, opset_import: ["" : 21]>
         held (float[n,2] x, float[m,2] z) => (float[1,1] y) {

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -229,6 +230,18 @@ def test_too_little_memory_is_found_first(
     assert not (tmp_path / "bundle").exists()
     with pytest.raises(pytest.fail.Exception, match="started the long work"):
         icexport.build("canny", **options, preflight=False)
+
+
+def test_what_a_build_takes_is_told_before_the_work(
+    tiny_model: Path, tmp_path: Path, no_work: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(preflight, "convolution_rate", lambda: 1e6)
+    with caplog.at_level("INFO"), pytest.raises(pytest.fail.Exception, match="started the long work"):
+        icexport.build("canny", model=str(tiny_model), backend="onnxruntime", output=tmp_path / "bundle")
+
+    told = re.search(r"takes about (\d+) minutes here, 0\.8 GB of memory .* and 0\.0 GB of disk", caplog.text)
+    assert told, caplog.text
+    assert int(told[1]) > 2, "most of it on so slow a machine"
 
 
 def test_larger_pictures_and_models_need_more(tiny_model: Path) -> None:

@@ -191,3 +191,5 @@ FAULTS = {
     "smooth upsampling": Fault("vae_decoder", smooth_upsampling(UPSAMPLER), UPSAMPLER),
     "swapped features": Fault("probe", swapped_inputs("tap_0", "tap_1"), "probe."),
 }
+REAL_NAMES = {"residual left out": "unet.up_blocks.3.resnets.0.norm1"}
+"""What is named in Stable Diffusion 1.5's architecture, where it differs: it has more residuals."""
