@@ -16,12 +16,14 @@ import typer
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
+from icexport import reference_path
 from icexport.cli.main import app
 from icexport.runtime.refused import REFUSED
 from tests.icexport.cli.conftest import Run
 from tests.icexport.cli.conftest import icexport as runner
 from tests.icexport.models.originals import original_controlnet, original_vae, single_file
 from tests.icexport.runtime.test_habits import WORKS
+from tests.training.data.making import folder as picture_folder
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -29,7 +31,7 @@ RUN = [DOCS / "start.md", *sorted(path for path in (DOCS / "guides").glob("*.md"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 OTHERS = {"pip", "make", "source", "accelerate", "python", "optimum-cli"}
-"""Programs that are not run here: they install things, or need hours or other machines."""
+"""Programs that are not run here: they install things, or need other machines."""
 
 icexport = runner  # the fixture
 
@@ -77,6 +79,30 @@ def test_pages_run_in_their_order(icexport: Run, at_desk: Path, page: Path) -> N
         assert icexport("build", "--cond", "canny").exit_code == 0
     for code in blocks(page, "python"):
         exec(compile(code, str(page), "exec"), {"__name__": "docs"})  # noqa: S102  our own page
+
+
+SHORT = {
+    "train": ["--steps", "2", "--batch-size", "2"],
+    "evaluate": ["--max-samples", "1", "--images-per-condition", "1", "--steps", "2"],
+    "build": ["--batch-size", "1"],
+}
+"""What makes training and judgement a matter of seconds."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/training.md"])
+def test_the_way_of_training(icexport: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture_folder(tmp_path / "pictures", 4)
+    picture_folder(tmp_path / "held-out", 2)
+    (block,) = (code for code in blocks(ROOT / page, "bash") if "icexport train probe" in code)
+    places = {"BASE": "reference", "START": str(reference_path() / "controlnet-depth")}
+    lines = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+
+    for program, command, *words in lines:
+        if program == "icexport":
+            run = icexport(command, *(places.get(word, word) for word in words), *SHORT[command])
+            assert run.exit_code == 0, f"{command} {shlex.join(words)}\n{run.stderr}"
 
 
 def options_of(words: list[str]) -> tuple[list[str], set[str]]:

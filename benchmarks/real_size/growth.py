@@ -15,13 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import ControlNetModel
 from matplotlib.figure import Figure
 
 from benchmarks.real_size.stages import STEPS_OF_GROWTH, growth_points
+from benchmarks.sd15 import sd15_text_encoder, sd15_unet, sd15_vae
 from icexport.backends.table import get
+from icexport.builder.duration import Work, seconds_needed
 from icexport.builder.preflight import gate_needs
 from icexport.graphs.profile import Profile, SizeRange
 from icexport.host.files import write_whole
+from icexport.models.precision import precision
 from icexport.runtime.needs import Needs
 from icexport.runtime.phases import PHASES
 
@@ -33,10 +38,18 @@ WEIGHTS = {
     "vae": 49_468_956,
 }
 """Weights in the graphs of each part of Stable Diffusion 1.5."""
-CONFIGS = {
-    "unet": {"block_out_channels": [320, 640, 1280, 1280]},
-    "vae": {"block_out_channels": [128, 256, 512, 512]},
-}
+
+
+def configs() -> dict[str, dict[str, Any]]:
+    """Return the configs of Stable Diffusion 1.5's parts."""
+    with torch.device("meta"):
+        unet = sd15_unet()
+        controlnet = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+        parts = {"unet": unet, "vae": sd15_vae(), "controlnet": controlnet}
+        text = sd15_text_encoder().config
+    return {name: dict(part.config) for name, part in parts.items()} | {"text_encoder": text.to_dict()}
+
+
 LIBRARIES = 0.45e9
 """What a process that draws holds before it opens a bundle."""
 
@@ -49,6 +62,7 @@ class Point:
         side: height and width in pixels.
         pictures: pictures in one call.
         build_seconds: of the build, its gate included.
+        build_seconds_expected: what the preflight expects.
         build_peak: its peak.
         build_expected: what the preflight expects.
         step_seconds: of one guided step.
@@ -60,6 +74,7 @@ class Point:
     side: int
     pictures: int
     build_seconds: float
+    build_seconds_expected: float
     build_peak: float
     build_expected: float
     step_seconds: float
@@ -76,20 +91,24 @@ def points(document: Mapping[str, Any]) -> list[Point]:
     phases = dict.fromkeys(PHASES.values(), 0.0)
     for name, count in WEIGHTS.items():
         phases[PHASES.get(name, "decode")] += footprint.weight["fp32"] * count
-    needs = Needs(phases, *footprint.per_pixel(CONFIGS))
+    sd15 = configs()
+    needs = Needs(phases, *footprint.per_pixel(sd15))
+    rate = float(document["machine"]["convolutions"].split()[0]) * 1e9
     for side, pictures in growth_points("sd15"):
         name = f"{side}x{pictures}"
         build, drawn = (stages.get(f"{kind}-{name}", {}) for kind in ("build", "generate"))
         if not build.get("status") == drawn.get("status") == "ok":
             continue
-        batch, fixed = SizeRange.parse(pictures), SizeRange.parse(side)
+        fixed = SizeRange.parse(side)
+        profile = Profile(SizeRange.parse(pictures), fixed, fixed)
         found.append(
             Point(
                 side,
                 pictures,
                 build["seconds"],
+                seconds_needed(Work.of(sd15, profile), WEIGHTS, precision("fp32"), rate),
                 build["anonymous_peak_bytes"],
-                gate_needs(WEIGHTS, CONFIGS, Profile(batch, fixed, fixed), footprint, "fp32"),
+                gate_needs(WEIGHTS, sd15, profile, footprint, "fp32"),
                 drawn["parts"]["draw"] / STEPS_OF_GROWTH,
                 drawn["parts"]["decode and score"],
                 drawn["anonymous_peak_bytes"],
@@ -102,11 +121,12 @@ def points(document: Mapping[str, Any]) -> list[Point]:
 def table(found: list[Point]) -> str:
     """Return the points as a Markdown table."""
     lines = [
-        "| px | pictures | build s | build GB | expected | s/step | decode s | draw GB | expected |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| px | pictures | build s | expected | build GB | expected | s/step | decode s | draw GB | expected |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {point.side} | {point.pictures} | {point.build_seconds:.0f} | {point.build_peak / 1e9:.2f} | "
+        f"| {point.side} | {point.pictures} | {point.build_seconds:.0f} | "
+        f"{point.build_seconds_expected:.0f} | {point.build_peak / 1e9:.2f} | "
         f"{point.build_expected / 1e9:.2f} | {point.step_seconds:.1f} | {point.decode_seconds:.1f} | "
         f"{point.peak / 1e9:.2f} | {point.expected / 1e9:.2f} |"
         for point in found

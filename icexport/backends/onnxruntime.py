@@ -31,7 +31,7 @@ class OnnxRuntime(Backend):
     summary = "ONNX Runtime, CPU and CUDA"
     dtypes = ("fp32", "fp16")
     concurrent = True
-    footprint = Footprint({"fp32": 4.0, "fp16": 5.0}, sample=83, picture=6.5)
+    footprint = Footprint({"fp32": 4.0, "fp16": 5.0}, sample=58, picture=6.5)
 
     def check(self) -> Availability:
         """See ``Backend.check``."""

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _LIBRARIES = 0.8e9
 """What a build takes of memory whatever the model: libraries, and graphs while they are traced."""
+_GATE = 0.62e9
+"""What is left of it while the gate runs."""
 _ALL_OUTPUTS = 1.26
 """What the gate takes beside weights, over what drawing takes: it reads every output, and holds the reference's."""
 
@@ -106,7 +108,8 @@ def gate_needs(
     sample, picture = footprint.per_pixel(configs)
     pixels = max(pictures * height * width for pictures, height, width in profile.corners())
     running = {"controlnet": 2 * sample, "unet": 2 * sample, "vae": picture}
-    return _LIBRARIES + max(
+    most = max(
         count * footprint.weight[dtype] + _ALL_OUTPUTS * pixels * running.get(part, 0.0)
         for part, count in weights.items()
     )
+    return max(_LIBRARIES, _GATE + most)

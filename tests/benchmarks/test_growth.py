@@ -28,6 +28,7 @@ def test_the_preflight_is_within_15_percent_of_what_was_measured(found: list[Poi
     for point in found:
         assert point.build_expected == pytest.approx(point.build_peak, rel=0.15), point
         assert point.expected == pytest.approx(point.peak, rel=0.15), point
+        assert point.build_seconds_expected == pytest.approx(point.build_seconds, rel=0.15), point
 
 
 def test_the_guide_has_the_measured_table(found: list[Point]) -> None:
