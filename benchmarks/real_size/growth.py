@@ -38,6 +38,8 @@ WEIGHTS = {
     "vae": 49_468_956,
 }
 """Weights in the graphs of each part of Stable Diffusion 1.5."""
+LIBRARIES = 0.45e9
+"""What a process that draws holds before it opens a bundle."""
 
 
 def configs() -> dict[str, dict[str, Any]]:
@@ -48,10 +50,6 @@ def configs() -> dict[str, dict[str, Any]]:
         parts = {"unet": unet, "vae": sd15_vae(), "controlnet": controlnet}
         text = sd15_text_encoder().config
     return {name: dict(part.config) for name, part in parts.items()} | {"text_encoder": text.to_dict()}
-
-
-LIBRARIES = 0.45e9
-"""What a process that draws holds before it opens a bundle."""
 
 
 @dataclass(frozen=True)

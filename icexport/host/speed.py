@@ -1,4 +1,4 @@
-"""How fast this machine is, measured in a second."""
+"""How fast this machine is, measured in half a second."""
 
 from __future__ import annotations
 

@@ -73,14 +73,13 @@ class BaseModel:
             config["_class_name"] = named[1]
         return config
 
-    def prompt_tokens(self) -> int | None:
-        """Return the number of tokens that the tokenizer cuts and fills prompts to; None: its config does not say.
+    def tokenizer_config(self) -> dict[str, Any]:
+        """Return the config of the tokenizer.
 
         Raises:
             CheckpointError: the config is missing or no JSON object.
         """
-        length = read_config(self.folders["tokenizer"] / "tokenizer_config.json").get("model_max_length")
-        return int(length) if isinstance(length, int | float) else None
+        return read_config(self.folders["tokenizer"] / "tokenizer_config.json")
 
 
 def find_base(

@@ -13,8 +13,8 @@ from icexport.errors import CheckpointError
 from icexport.models.sizes import control_map_factor, residual_channels, vae_factor
 
 Configs = Mapping[str, Mapping[str, Any]]
-"""Configs of the components, with their classes' defaults: ``unet``, ``vae``, ``text_encoder`` and, where there is
-one, ``controlnet``."""
+"""Configs of the components, with their classes' defaults: ``unet``, ``vae``, ``text_encoder`` and, where they are
+known, ``controlnet`` and ``tokenizer``."""
 Pair = tuple[str, object, object]
 """What has to be equal, in words, and both values."""
 
@@ -53,6 +53,11 @@ def _stable_diffusion_pairs(configs: Configs) -> list[Pair]:
         ("latent channels of unet and vae", unet["in_channels"], vae["latent_channels"]),
         ("text width of unet and text_encoder", unet["cross_attention_dim"], text["hidden_size"]),
     ]
+    if "tokenizer" in configs:
+        # Diffusers fills prompts to the length that the tokenizer's file says, and the graph takes the text encoder's.
+        length = configs["tokenizer"].get("model_max_length") or "not said"
+        taken = text["max_position_embeddings"]
+        pairs.append(("tokens of a prompt of tokenizer and text_encoder", length, taken))
     if "controlnet" in configs:
         net = configs["controlnet"]
         pairs += [

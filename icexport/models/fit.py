@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ def check_fit(
     condition: str,
     probe: ProbeConfig | None = None,
     family: Family = STABLE_DIFFUSION,
-    more: Sequence[Pair] = (),
 ) -> None:
     """Refuse parts that do not belong together, before the long work.
 
@@ -29,7 +27,6 @@ def check_fit(
         condition: name of the condition that the ControlNet and the probe are for.
         probe: config of the probe.
         family: what the base model is taken for.
-        more: what else has to be equal.
 
     Raises:
         UsageError: a part does not fit; everything that does not is listed.
@@ -40,7 +37,7 @@ def check_fit(
         for name in names
         if part in configs and configs[part].get(name)
     ]
-    pairs = [*family.pairs(configs), *more]
+    pairs = list(family.pairs(configs))
     if probe is not None:
         pairs.append(("condition of probe and ControlNet", probe.condition or condition, condition))
         try:
@@ -59,11 +56,8 @@ def check_source(source: ModelSource) -> None:
     """Call ``check_fit`` for the parts of a model on this disk."""
     parts = ("unet", "controlnet", "vae", "text_encoder")
     probe = None if source.probe is None else ProbeConfig.from_dict(source.config("probe"))
-    configs = {part: source.full_config(part) for part in parts}
-    # Diffusers fills prompts to the length that the tokenizer's file says, and the graph takes the text encoder's.
-    taken = configs["text_encoder"]["max_position_embeddings"]
-    lengths = ("tokens of a prompt of tokenizer and text_encoder", source.base.prompt_tokens() or "not said", taken)
-    check_fit(configs, source.condition, probe, source.family, [lengths])
+    configs = {part: source.full_config(part) for part in parts} | {"tokenizer": source.base.tokenizer_config()}
+    check_fit(configs, source.condition, probe, source.family)
 
 
 def _probe_pairs(probe: ProbeConfig, unet_config: Any) -> list[Pair]:

@@ -47,10 +47,8 @@ class Part:
         path = folder / CONFIG_NAME
         config = read_config(path)
         if config.get("model_type") == "clip" and isinstance(config.get("text_config"), dict):
-            config = {
-                **config["text_config"],
-                "architectures": config.get("architectures"),
-            }  # as transformers reads it
+            # CLIP's config, of which transformers takes the text encoder's.
+            config = config["text_config"] | {"architectures": config.get("architectures")}
         if not kinds.fits(name, config):
             kind = kinds.kind_of_config(config)
             what = kinds.explain(kind) if kind and kind.part != name else f"a {kinds.class_of(config)}"

@@ -14,11 +14,11 @@ from transformers import CLIPTokenizer
 
 from engines.onnxruntime import OnnxRuntimeEngine
 from icexport.errors import CheckpointError, UnsupportedOptionError
+from icexport.models.base_model import INDEX_NAME
+from icexport.models.part import CONFIG_NAME, read_config
 from icexport.runtime.components import EngineControlNet, EngineTextEncoder, EngineUNet, EngineVae
 from icexport.runtime.eager import eager_pipeline
 from icexport.runtime.schedulers import load_scheduler
-
-INDEX_NAME = "model_index.json"
 
 
 class ORTStableDiffusionControlNetPipeline(StableDiffusionControlNetPipeline):  # type: ignore[misc]
@@ -42,7 +42,7 @@ class ORTStableDiffusionControlNetPipeline(StableDiffusionControlNetPipeline):  
             EngineError: a graph is damaged.
         """
         folder = Path(folder)
-        if read_index(folder).get("_class_name") != cls.__name__:
+        if read_config(folder / INDEX_NAME).get("_class_name") != cls.__name__:
             raise CheckpointError(
                 f"{folder} was not exported with a ControlNet: --model-kwargs '{{\"condition\": ...}}'."
             )
@@ -51,8 +51,7 @@ class ORTStableDiffusionControlNetPipeline(StableDiffusionControlNetPipeline):  
             return OnnxRuntimeEngine(name, folder / name / "model.onnx", device)
 
         def config(name: str) -> dict[str, Any]:
-            found: dict[str, Any] = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
-            return found
+            return read_config(folder / name / CONFIG_NAME)
 
         return eager_pipeline(
             unet=EngineUNet(load("unet"), config("unet")),
@@ -65,22 +64,9 @@ class ORTStableDiffusionControlNetPipeline(StableDiffusionControlNetPipeline):  
         )
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """Return a pipeline's ``model_index.json``.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    try:
-        found: dict[str, Any] = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no pipeline of optimum: {error}.") from error
-    return found
-
-
 def name_pipeline(folder: Path) -> None:
     """Let an export's ``model_index.json`` name the pipeline that can run it, and its ControlNet."""
-    index = read_index(folder) | {
+    index = read_config(folder / INDEX_NAME) | {
         "_class_name": ORTStableDiffusionControlNetPipeline.__name__,
         "controlnet": ["diffusers", "ControlNetModel"],
     }

@@ -277,7 +277,7 @@ def test_a_text_encoder_whose_config_is_that_of_clip(model: Path, tiny_model: Pa
     assert_same(source, tiny_model)
 
 
-@pytest.mark.parametrize(("length", "said"), [(8, "8"), (None, "not said"), (1e30, "1000000000000000")])
+@pytest.mark.parametrize(("length", "said"), [(8, "8"), (None, "not said"), (1e30, r"1e\+30")])
 def test_a_tokenizer_of_another_length(model: Path, length: float | None, said: str) -> None:
     path = model / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))

@@ -214,7 +214,7 @@ def test_what_comes_out_names_a_pipeline_that_draws_it(exported: Path, source: M
 def test_an_export_without_a_controlnet_is_refused_by_name(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not exported with a ControlNet"):
         ORTStableDiffusionControlNetPipeline.from_pretrained(model)
-    with pytest.raises(CheckpointError, match="is no pipeline of optimum"):
+    with pytest.raises(CheckpointError, match="Cannot read .*model_index"):
         ORTStableDiffusionControlNetPipeline.from_pretrained(tmp_path)
 
 
