@@ -103,7 +103,8 @@ def make(name: str, settings: dict[str, Any]) -> Any:
 def model(sample: Tensor, timestep: float) -> Tensor:
     """Predict as a model might: from all of the input, not linearly, and otherwise at every timestep."""
     mixed: Tensor = sample * 0.7 + sample.roll(1, dims=-1) * 0.2
-    return torch.tanh(mixed) + 0.1 * math.cos(timestep / 50)
+    predicted: Tensor = torch.tanh(mixed) + 0.1 * math.cos(timestep / 50)
+    return predicted
 
 
 def draw_with_diffusers(scheduler: Any, start: Tensor, **options: Any) -> Tensor:
