@@ -26,7 +26,7 @@ from icexport.host.files import Stamp
 MANIFEST_NAME = "icexport.json"
 PROBE_FOLDER = "probe"
 """Where a bundle keeps the weights of its probe, for kernels that no engine holds."""
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """1: the first. 2: engines say what they were built for, graphs have float32 islands and a twin with plugins, and
 profiles may list sizes. 3: shapes are in ``samples``, ``pictures``, ``rows`` and ``columns``; every engine says what
 it was made from, and files have stamps. Older bundles have to be built again."""

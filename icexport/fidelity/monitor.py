@@ -65,8 +65,8 @@ class FidelityMonitor:
         Of the last samples, because with guidance the unconditional half comes first.
 
         Args:
-            timestep: timestep of the call, a scalar.
-            outputs: taps ``[B,C,h,w]``, B being as many as the control maps, or twice that; time embedding ``[1,E]``.
+            timestep: timestep of each sample, ``[B]``; one call reads pictures of one timestep.
+            outputs: taps ``[B,C,h,w]``, B being as many as the control maps, or twice that; time embeddings ``[B,E]``.
 
         Raises:
             UsageError: the batch does not match the control maps.
@@ -77,12 +77,11 @@ class FidelityMonitor:
                 f"The UNet ran on {samples} samples, but there are {batch} control maps ({batch} or, with guidance, "
                 f"{2 * batch} samples expected). Check what callback_on_step_end returns."
             )
-        inputs = {name: outputs[name][-batch:] for name in self._taps}
-        inputs |= {name: outputs[name] for name in self._embedding}
+        inputs = {name: outputs[name][-batch:] for name in (*self._taps, *self._embedding)}
         reading = self._probe(inputs)["reading"]
         self._last = normalise(reading, self._config.control_range, self._config.normaliser)
         self._indices.append(self._calls - 1)
-        self._times.append(timestep)
+        self._times.append(timestep[-1])
         self._errors.append(self._mean_error(self._last))
 
     def _mean(self, reading: Tensor) -> Tensor:

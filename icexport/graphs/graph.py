@@ -74,7 +74,7 @@ def example_inputs(
     for spec in specs:
         shape = tuple(size_of(d, symbols) for d in spec.shape)
         if spec.name == TIMESTEP:
-            inputs[spec.name] = torch.tensor(500.0, dtype=spec.dtype)
+            inputs[spec.name] = torch.full(shape, 500.0, dtype=spec.dtype)
         elif spec.dtype == torch.int64:
             inputs[spec.name] = torch.randint(0, 2 if shape == () else 100, shape, generator=generator)
         else:

@@ -83,7 +83,7 @@ class UNetGraph(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, prompt_embeds: Tensor, *residuals: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the UNet's prediction, the activations that the probe reads, and the time embedding ``[1,E]``."""
+        """Return the UNet's prediction, the activations that the probe reads, and the time embedding ``[B,E]``."""
         embeddings: list[Tensor] = []
         hook = self.unet.time_embedding.register_forward_hook(lambda _m, _a, output: embeddings.append(output))
         recording: AbstractContextManager[list[Tensor]] = self.taps.record() if self.taps else nullcontext([])
@@ -96,9 +96,9 @@ class UNetGraph(nn.Module):
                 mid_block_additional_residual=residuals[-1],
                 return_dict=False,
             )
-        embedding = embeddings[0][:1]
+        (embedding,) = embeddings
         if self.probe is not None and self.probe.mirrored:
-            read = self.probe.read_timestep(timestep.reshape(1), self.train_timesteps)
+            read = self.probe.read_timestep(timestep, self.train_timesteps)
             sinusoids = self.unet.time_proj(read).to(sample.dtype)
             embedding = self.unet.time_embedding(sinusoids)
         return (noise_pred, *taps, embedding)
@@ -112,9 +112,9 @@ class ProbeGraph(nn.Module):
         self.probe = probe
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor]:
-        """Return ``reading [b,C,h,w]`` in [-1,1] of the taps of the conditional half and the time embedding ``[1,E]``.
+        """Return ``reading [b,C,h,w]`` in [-1,1] of the conditional half's taps and time embeddings ``[b,E]``.
 
-        A probe that is not conditioned on the timestep takes no time embedding.
+        A probe that is not conditioned on the timestep takes no time embeddings.
         """
         if self.probe.config.time_embed_dim is None:
             return (self.probe(tensors, None),)
@@ -228,7 +228,7 @@ def unet_graph(
     outputs = (
         TensorSpec("noise_pred", dtype, _map_shape("samples", config["out_channels"], multiple)),
         *(_tap_specs(module.taps, "samples", multiple, dtype) if module.taps else ()),
-        TensorSpec("time_embedding", dtype, (1, unet.time_embedding.linear_2.out_features)),
+        TensorSpec("time_embedding", dtype, ("samples", unet.time_embedding.linear_2.out_features)),
     )
     return Graph("unet", module, inputs, outputs)
 
@@ -238,7 +238,7 @@ def probe_graph(probe: InnerControlProbe, unet: UNet2DConditionModel, dtype: tor
     taps = Taps(unet, probe.config.tap_kind)
     multiple = latent_multiple(unet.config)
     width = probe.config.time_embed_dim
-    embedding = () if width is None else (TensorSpec("time_embedding", dtype, (1, width)),)
+    embedding = () if width is None else (TensorSpec("time_embedding", dtype, ("pictures", width)),)
     cells = multiple * probe.config.output_scale // taps.scales[-1]
     reading = TensorSpec("reading", dtype, _map_shape("pictures", probe.config.out_channels, cells))
     return Graph("probe", ProbeGraph(probe), (*_tap_specs(taps, "pictures", multiple, dtype), *embedding), (reading,))
@@ -265,7 +265,7 @@ def _step_inputs(
         TensorSpec("sample", dtype, _map_shape("samples", config["in_channels"], multiple)),
         # float32 in every precision: schedulers may give fractional timesteps, and float16 cannot count to 999 exactly
         # enough for the sinusoids.
-        TensorSpec("timestep", torch.float32, ()),
+        TensorSpec("timestep", torch.float32, ("samples",)),
         TensorSpec("prompt_embeds", dtype, ("samples", text_length, width)),
     )
 

@@ -20,6 +20,9 @@ from icexport.graphs.profile import Profile
 
 TIMESTEPS = (1.0, 500.0, 999.0)
 
+_APART, _STEPS = 250.0, 1000
+"""A call can hold pictures that are at different steps: so much lies between two samples' timesteps, of so many."""
+
 COUNTS = ("samples", "pictures", "prompts")
 """Symbols of the first axis, whose places are independent of each other."""
 
@@ -29,7 +32,7 @@ class Case:
     """One set of inputs.
 
     Attributes:
-        name: size, guidance and timestep, for people.
+        name: size, guidance and the first sample's timestep, for people.
         inputs: different samples; float32 or int64.
         rows: which of these samples is in each row of what an engine gets; empty: they are the rows.
     """
@@ -97,7 +100,7 @@ def _inputs(graph: Graph, symbols: dict[str, int], timestep: float, seed: int) -
         if "residual" in name and name != "residual_scale":
             inputs[name] *= 0.1  # a trained ControlNet's residuals are small against the features they join
         if name == "timestep":
-            inputs[name] = torch.tensor(timestep)
+            inputs[name] = (timestep + _APART * torch.arange(symbols["samples"])) % _STEPS
     return inputs
 
 

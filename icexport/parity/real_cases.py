@@ -92,14 +92,14 @@ def real_cases(
     latents = torch.randn((pictures, *cells), generator=torch.Generator().manual_seed(0))
     for number, time in enumerate(scheduler.timesteps, start=1):
         step, kept = f"real step {number}", every_step or number in (1, steps)
-        inputs = {"sample": torch.cat([latents] * 2), "timestep": time.float(), "prompt_embeds": prompt_embeds}
+        times = time.float().expand(guided)
+        inputs = {"sample": torch.cat([latents] * 2), "timestep": times, "prompt_embeds": prompt_embeds}
         control = {"control_map": control_map, "residual_scale": scale}
         residuals = run("controlnet", step, inputs | control, kept=kept)
         output = run("unet", step, inputs | residuals, kept=kept)
         if kept and "probe" in engines:
             wanted = [input_.name for input_ in engines["probe"].inputs]
-            taps = {n: output[n] if n == "time_embedding" else output[n][-pictures:] for n in wanted}
-            run("probe", step, taps)
+            run("probe", step, {name: output[name][-pictures:] for name in wanted})
         free, prompted = output["noise_pred"].chunk(2)
         latents = scheduler.step(free + GUIDANCE * (prompted - free), time, latents).prev_sample
         progress(DRAWING, number, steps)

@@ -146,7 +146,7 @@ class EngineControlNet(ControlNetModel):  # type: ignore[misc]
 
         Args:
             sample: latents ``[B,4,h,w]``.
-            timestep: one timestep for all samples.
+            timestep: one timestep for all samples, or one for each, ``[B]``.
             encoder_hidden_states: prompt embeddings ``[B,S,D]``.
             controlnet_cond: control maps ``[B,3,H,W]`` in [0,1].
             conditioning_scale: strength of the control.
@@ -162,7 +162,7 @@ class EngineControlNet(ControlNetModel):  # type: ignore[misc]
             return zeros[:-1], zeros[-1]
         inputs = {
             "sample": sample,
-            "timestep": as_timestep(timestep, sample.device),
+            "timestep": as_timesteps(timestep, sample),
             "prompt_embeds": encoder_hidden_states,
             "control_map": controlnet_cond.to(sample.dtype),
             "residual_scale": self._scale(sample, conditioning_scale, guess_mode),
@@ -207,7 +207,7 @@ class EngineUNet(EngineModule):
 
         Args:
             sample: latents ``[B,4,h,w]``.
-            timestep: one timestep for all samples.
+            timestep: one timestep for all samples, or one for each, ``[B]``.
             encoder_hidden_states: prompt embeddings ``[B,S,D]``.
             down_block_additional_residuals: the ControlNet's down residuals, ``[B,C,h/s,w/s]`` each; empty if the next
                 one is ``Deferred``.
@@ -228,7 +228,7 @@ class EngineUNet(EngineModule):
                 "The UNet of a bundle takes the residuals of its ControlNet, which this pipeline does not give it. "
                 "Draw with InnerControlPipeline; controlnet_conditioning_scale=0.0 switches the control off."
             )
-        time = as_timestep(timestep, sample.device)
+        time = as_timesteps(timestep, sample)
         inputs = {"sample": sample, "timestep": time, "prompt_embeds": encoder_hidden_states}
         deferred = None
         if isinstance(mid_block_additional_residual, Deferred):
@@ -276,6 +276,11 @@ class EngineVae(EngineModule):
         return (torch.cat([self.engine({"latents": part})["pixels"] for part in parts]),)
 
 
-def as_timestep(timestep: Tensor | float, device: torch.device) -> Tensor:
-    """Return the scalar float32 tensor that the graphs take; schedulers give integers, floats or tensors."""
-    return torch.as_tensor(timestep, dtype=torch.float32, device=device).reshape(())
+def as_timesteps(timestep: Tensor | float, sample: Tensor) -> Tensor:
+    """Return a float32 timestep for each sample, as the graphs take them.
+
+    Args:
+        timestep: one for all samples or one for each: schedulers give integers, floats or tensors.
+        sample: the samples, ``[B,4,h,w]``.
+    """
+    return torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).reshape(-1).expand(len(sample))

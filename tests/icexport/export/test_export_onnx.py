@@ -46,18 +46,18 @@ def test_size_of() -> None:
 def test_example_inputs_are_seeded() -> None:
     specs = (
         TensorSpec("sample", torch.float16, ("samples", 4, "2*rows")),
-        TensorSpec("timestep", torch.float32, ()),
+        TensorSpec("timestep", torch.float32, ("samples",)),
         TensorSpec("input_ids", torch.int64, ("prompts", 12)),
         TensorSpec("clip_skip", torch.int64, ()),
     )
     symbols = {"samples": 2, "prompts": 1, "rows": 3}
     found, again, other = (example_inputs(specs, symbols, seed) for seed in (1, 1, 2))
 
-    assert [tuple(t.shape) for t in found.values()] == [(2, 4, 6), (), (1, 12), ()]
+    assert [tuple(t.shape) for t in found.values()] == [(2, 4, 6), (2,), (1, 12), ()]
     assert [t.dtype for t in found.values()] == [spec.dtype for spec in specs]
     assert all(torch.equal(found[name], again[name]) for name in found)
     assert not torch.equal(found["sample"], other["sample"])
-    assert found["timestep"] == 500
+    assert found["timestep"].tolist() == [500, 500]
     assert found["clip_skip"] in (0, 1)
 
 

@@ -27,7 +27,7 @@ class Probe:
 
 
 def outputs(tap: Tensor) -> dict[str, Tensor]:
-    return {"tap_0": tap, "time_embedding": torch.zeros(1, 8)}
+    return {"tap_0": tap, "time_embedding": torch.zeros(len(tap), 8)}
 
 
 CONFIG = ProbeConfig((1,), time_embed_dim=None)
@@ -42,7 +42,7 @@ def monitor(
 def observe(watch: FidelityMonitor, time: float, found: dict[str, Tensor]) -> None:
     """As the UNet's stand-in does."""
     if wanted := watch.next_call():
-        watch(torch.tensor(time), {name: found[name] for name in wanted})
+        watch(torch.full((len(found["tap_0"]),), time), {name: found[name] for name in wanted})
 
 
 def test_identity_maps_the_range_to_01() -> None:
@@ -164,7 +164,7 @@ def test_the_kernel_gives_the_same_readings(normaliser: str, size: tuple[int, in
     for kernels in (False, True):
         watch = monitor(control, normaliser=normaliser, kernels=kernels)
         for index, tap in enumerate(taps):
-            watch(torch.tensor(900.0 - index), outputs(tap))
+            watch(torch.full((4,), 900.0 - index), outputs(tap))
         found.append(watch.finish())
     (plain, heat), (fused, fused_heat) = found
     assert [(r.index, r.timestep) for r in fused] == [(r.index, r.timestep) for r in plain]

@@ -153,14 +153,18 @@ def wrong_heads(module: str) -> Callable[[onnx.ModelProto], None]:
     return lambda model: attribute(node(model, "MultiHeadAttention", module), "num_heads", 4)
 
 
-def one_prompt_for_all(model: onnx.ModelProto) -> None:
-    """Every row of a batch gets the first row's prompt."""
-    names = [constant(model, f"fault.{n}", [v]) for n, v in (("zero", 0), ("one", 1))]
-    for found in [n for n in model.graph.node if "prompt_embeds" in n.input]:
-        found.input[list(found.input).index("prompt_embeds")] = "fault.same"
-    model.graph.node.insert(0, helper.make_node("Slice", ["prompt_embeds", *names, names[0]], ["fault.first"]))
-    model.graph.node.insert(1, helper.make_node("Shape", ["prompt_embeds"], ["fault.shape"]))
-    model.graph.node.insert(2, helper.make_node("Expand", ["fault.first", "fault.shape"], ["fault.same"]))
+def one_for_all(name: str) -> Callable[[onnx.ModelProto], None]:
+    """Every row of a batch gets the first row's value of an input."""
+
+    def make(model: onnx.ModelProto) -> None:
+        ends = [constant(model, f"fault.{n}", [v]) for n, v in (("zero", 0), ("one", 1))]
+        for found in [n for n in model.graph.node if name in n.input]:
+            found.input[list(found.input).index(name)] = "fault.same"
+        model.graph.node.insert(0, helper.make_node("Slice", [name, *ends, ends[0]], ["fault.first"]))
+        model.graph.node.insert(1, helper.make_node("Shape", [name], ["fault.shape"]))
+        model.graph.node.insert(2, helper.make_node("Expand", ["fault.first", "fault.shape"], ["fault.same"]))
+
+    return make
 
 
 def smooth_upsampling(module: str) -> Callable[[onnx.ModelProto], None]:
@@ -185,7 +189,8 @@ FAULTS = {
     "middle residual left out": Fault("unet", left_out("mid_residual"), "unet.up_blocks.0.resnets.0.norm1"),
     "swapped taps": Fault("unet", swapped_outputs("tap_0", "tap_1"), "unet.tap_0"),
     "timestep off by one": Fault("unet", timestep_off_by_one, "unet.time_proj"),
-    "one prompt for all rows": Fault("unet", one_prompt_for_all, "attn2.to_k"),
+    "one prompt for all rows": Fault("unet", one_for_all("prompt_embeds"), "attn2.to_k"),
+    "one timestep for all rows": Fault("unet", one_for_all("timestep"), "unet.time_proj"),
     "no bias": Fault("controlnet", no_bias("controlnet.conv_in"), "controlnet.conv_in"),
     "ControlNet's timestep off by one": Fault("controlnet", timestep_off_by_one, "controlnet.time_proj"),
     "smooth upsampling": Fault("vae_decoder", smooth_upsampling(UPSAMPLER), UPSAMPLER),

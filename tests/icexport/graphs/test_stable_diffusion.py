@@ -96,7 +96,7 @@ def test_unet_gives_prediction_taps_and_time(all_graphs: dict[str, g.Graph], une
     graph = all_graphs["unet"]
     inputs = example_inputs(graph.inputs, SYMBOLS, seed=4)
     *residuals, mid = list(inputs.values())[3:]
-    time = inputs["timestep"]
+    time = inputs["timestep"] = torch.tensor([700.0, 20.0])
     with torch.no_grad(), Taps(unet, "attn").record() as taps:
         (expected,) = unet(
             inputs["sample"],
@@ -106,7 +106,7 @@ def test_unet_gives_prediction_taps_and_time(all_graphs: dict[str, g.Graph], une
             mid_block_additional_residual=mid,
             return_dict=False,
         )
-        embedding = unet.time_embedding(unet.time_proj(time[None]))
+        embedding = unet.time_embedding(unet.time_proj(time))
 
     found = run(graph, inputs)
 
@@ -122,10 +122,25 @@ def test_a_mirrored_probe_gets_the_mirrored_time(unet: UNet2DConditionModel) -> 
     true = g.unet_graph(unet, TEXT_LENGTH, dataclasses.replace(config, timestep_convention="true"), F32)
     mirrored = g.unet_graph(unet, TEXT_LENGTH, config, F32)
 
-    found = run(mirrored, {"timestep": torch.tensor(300.0)})
+    found = run(mirrored, {"timestep": torch.tensor([300.0, 1.0])})
 
-    torch.testing.assert_close(found["time_embedding"], run(true, {"timestep": torch.tensor(700.0)})["time_embedding"])
-    torch.testing.assert_close(found["noise_pred"], run(true, {"timestep": torch.tensor(300.0)})["noise_pred"])
+    expected = run(true, {"timestep": torch.tensor([700.0, 999.0])})["time_embedding"]
+    torch.testing.assert_close(found["time_embedding"], expected)
+    expected = run(true, {"timestep": torch.tensor([300.0, 1.0])})["noise_pred"]
+    torch.testing.assert_close(found["noise_pred"], expected)
+
+
+@pytest.mark.parametrize("name", ["controlnet", "unet"])
+def test_each_sample_has_its_own_timestep(all_graphs: dict[str, g.Graph], name: str) -> None:
+    graph = all_graphs[name]
+    inputs = example_inputs(graph.inputs, SYMBOLS, seed=4) | {"timestep": torch.tensor([900.0, 100.0])}
+
+    both = run(graph, inputs)
+
+    for row in range(2):
+        alone = run(graph, {key: value[row : row + 1] for key, value in inputs.items()})
+        for key, value in both.items():
+            torch.testing.assert_close(value[row : row + 1], alone[key], rtol=1e-4, atol=1e-5)
 
 
 def test_a_unet_without_a_probe_has_no_taps(unet: UNet2DConditionModel) -> None:
@@ -135,13 +150,14 @@ def test_a_unet_without_a_probe_has_no_taps(unet: UNet2DConditionModel) -> None:
     ]
 
 
-def test_the_probe_shares_one_time_embedding(all_graphs: dict[str, g.Graph], source: ModelSource) -> None:
+def test_the_probe_reads_each_picture_at_its_own_time(all_graphs: dict[str, g.Graph], source: ModelSource) -> None:
     inputs = example_inputs(all_graphs["probe"].inputs, SYMBOLS)
     *taps, embedding = inputs.values()
     probe = source.probe_model(F32)
     assert probe is not None
     with torch.no_grad():
-        expected = probe(taps, embedding.repeat(2, 1))
+        expected = probe(taps, embedding)
+    assert not torch.equal(embedding[0], embedding[1])
 
     torch.testing.assert_close(run(all_graphs["probe"], inputs)["reading"], expected)
 

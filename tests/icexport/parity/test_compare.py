@@ -262,7 +262,7 @@ def test_cases_of_the_unet() -> None:
         ("1x16x32 guided t=500", 2),
         ("4x32x32 guided t=500", 8),
     ]
-    assert {float(case.inputs["timestep"]) for case in found} == {1.0, 500.0, 999.0}
+    assert [case.inputs["timestep"].tolist() for case in found] == [[500, 750], [1], [999], [500, 750], [500, 750]]
     assert [tuple(case.inputs["sample"].shape) for case in found] == [
         (2, 4, 8, 8),
         (1, 4, 8, 8),

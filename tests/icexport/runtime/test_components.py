@@ -10,7 +10,7 @@ from torch import Tensor
 from engines.base import TensorSpec
 from icexport.errors import UnsupportedOptionError
 from icexport.host import memory
-from icexport.runtime.components import EngineControlNet, EngineTextEncoder, EngineVae, as_timestep
+from icexport.runtime.components import EngineControlNet, EngineTextEncoder, EngineVae, as_timesteps
 
 CONFIG = {
     "block_out_channels": [16, 32],
@@ -39,11 +39,14 @@ class Spy:
     "time", [500, 500.0, torch.tensor(500), torch.tensor([500.0]), np.int64(500), torch.tensor(500.0).double()]
 )
 def test_timesteps_of_every_kind(time: Any) -> None:
-    found = as_timestep(time, CPU)
+    found = as_timesteps(time, torch.zeros(3, 4, 8, 8, dtype=torch.float16))
 
-    assert found.shape == ()
     assert found.dtype == torch.float32
-    assert found == 500
+    assert found.tolist() == [500, 500, 500]
+
+
+def test_a_timestep_for_each_sample() -> None:
+    assert as_timesteps(torch.tensor([3, 2, 1]), torch.zeros(3, 4, 8, 8)).tolist() == [3, 2, 1]
 
 
 def run(scale: float, guess: bool) -> tuple[Spy, tuple[list[Tensor], Tensor]]:
