@@ -110,7 +110,7 @@ def points(document: Mapping[str, Any]) -> list[Point]:
                 drawn["parts"]["draw"] / STEPS_OF_GROWTH,
                 drawn["parts"]["decode and score"],
                 drawn["anonymous_peak_bytes"],
-                LIBRARIES + needs.weights(low_memory=False) + needs.drawing(side, side, pictures),
+                LIBRARIES + needs.needed(side, side, pictures),
             )
         )
     return found

@@ -297,8 +297,8 @@ class Controlled(Refusals):
                 raise UsageError(f"{axis} {value}: this model needs multiples of {multiple} pixels.")
         profile.check_shape(maps.shape[2], maps.shape[3])
         if needs := self._loaded.needs:
-            unopened = needs.weights(low_memory=True) if self._loaded.low_memory else 0.0
-            needs.check(maps.shape[2], maps.shape[3], pictures, unopened)
+            low = self._loaded.low_memory
+            needs.check(maps.shape[2], maps.shape[3], pictures, low_memory=low, opened=not low)
         each = maps.expand(pictures, -1, -1, -1) if len(maps) == 1 else maps.repeat_interleave(per_prompt, dim=0)
         return maps, each
 

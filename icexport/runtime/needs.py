@@ -46,13 +46,23 @@ class Needs:
             phases[PHASES[name]] += footprint.weight[manifest.dtype] * sum(graph.dtypes.values())
         return cls(phases, *footprint.per_pixel(manifest.configs))
 
-    def weights(self, *, low_memory: bool) -> float:
-        """Return the bytes of the engines that are open at one time."""
-        return max(self.phases.values()) if low_memory else sum(self.phases.values())
+    def needed(
+        self, height: int, width: int, pictures: int, *, low_memory: bool = False, opened: bool = False
+    ) -> float:
+        """Return the bytes that a call needs beside what is open already, with guidance.
 
-    def drawing(self, height: int, width: int, pictures: int) -> float:
-        """Return the bytes that a call needs beside open engines, with guidance."""
-        return height * width * pictures * max(2 * self.sample, self.picture)
+        Args:
+            height: height in pixels.
+            width: width in pixels.
+            pictures: number of pictures in one call.
+            low_memory: whether each phase opens its own engines, and closes those of the others.
+            opened: whether all engines are open already.
+        """
+        pixels = height * width * pictures
+        beside = {"draw": 2 * self.sample * pixels, "decode": self.picture * pixels}
+        if low_memory:
+            return max(weights + beside.get(phase, 0.0) for phase, weights in self.phases.items())
+        return max(beside.values()) + (0.0 if opened else sum(self.phases.values()))
 
     def choose_low_memory(self, profile: Profile, wanted: bool | None) -> bool:
         """Return whether engines are to be open only while they are needed.
@@ -65,14 +75,11 @@ class Needs:
             OutOfMemoryError: not even one picture of the smallest size fits.
         """
         low = self._is_short(profile) if wanted is None else wanted
-        self.check(profile.height.min, profile.width.min, 1, self.weights(low_memory=low))
+        self.check(profile.height.min, profile.width.min, 1, low_memory=low)
         return low
 
     def _is_short(self, profile: Profile) -> bool:
-        needed, free = (
-            self.weights(low_memory=False) + self.drawing(profile.height.opt, profile.width.opt, 1),
-            available(),
-        )
+        needed, free = self.needed(profile.height.opt, profile.width.opt, 1), available()
         if needed > free:
             logger.warning(
                 "A picture takes about %.1f GB of memory, and %.1f GB are free: each engine is open only while it is "
@@ -82,19 +89,15 @@ class Needs:
             )
         return needed > free
 
-    def check(self, height: int, width: int, pictures: int, weights: float = 0.0) -> None:
-        """Refuse what does not fit into the memory that is free.
-
-        Args:
-            height: height in pixels.
-            width: width in pixels.
-            pictures: number of pictures in one call.
-            weights: bytes of the engines that are not open yet.
+    def check(
+        self, height: int, width: int, pictures: int, *, low_memory: bool = False, opened: bool = False
+    ) -> None:
+        """Refuse what does not fit into the memory that is free; arguments are those of ``needed``.
 
         Raises:
             OutOfMemoryError: it does not fit.
         """
-        needed, free = weights + self.drawing(height, width, pictures), available()
+        needed, free = self.needed(height, width, pictures, low_memory=low_memory, opened=opened), available()
         if needed > free:
             what = "one picture" if pictures == 1 else f"{pictures} pictures at a time"
             raise OutOfMemoryError(

@@ -39,17 +39,25 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_weights_count_where_their_engine_is_open(tiny_bundle: Path) -> None:
     manifest, found = Bundle(tiny_bundle).manifest, needs_of(tiny_bundle)
     weights = {name: sum(graph.dtypes.values()) for name, graph in manifest.graphs.items()}
-    each = found.weights(low_memory=False) / sum(weights.values())
+    each = found.needed(0, 0, 0) / sum(weights.values())
     assert each >= 4, "bytes of a float32 weight"
     together = weights["controlnet"] + weights["unet"] + weights["probe"]
-    assert found.weights(low_memory=True) == pytest.approx(each * together)
+    assert found.needed(0, 0, 0, low_memory=True) == pytest.approx(each * together)
+    assert found.needed(0, 0, 0, opened=True) == 0
 
 
 def test_drawing_grows_with_pixels_and_pictures(tiny_bundle: Path) -> None:
     found = needs_of(tiny_bundle)
-    one = found.drawing(16, 16, 1)
-    assert found.drawing(32, 48, 2) == pytest.approx(12 * one)
+    one = found.needed(16, 16, 1, opened=True)
+    assert found.needed(32, 48, 2, opened=True) == pytest.approx(12 * one)
     assert one >= 4 * 16 * 16 * 16, "one map of the decoder's last level"
+
+
+def test_with_low_memory_each_phase_counts_alone() -> None:
+    found = Needs({"encode": 2.0, "draw": 6.0, "decode": 1.0}, sample=1.0, picture=3.0)
+    assert found.needed(1, 1, 1) == 9 + 3
+    assert found.needed(1, 1, 1, low_memory=True) == 6 + 2, "the decoder needs more beside fewer weights"
+    assert found.needed(1, 10, 1, low_memory=True) == 1 + 30
 
 
 def test_other_devices_backends_and_families_are_not_known(tiny_bundle: Path) -> None:
@@ -64,8 +72,7 @@ def test_low_memory_is_chosen_where_it_is_needed(
     tiny_bundle: Path, free: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = needs_of(tiny_bundle)
-    drawing = found.drawing(16, 16, 1)
-    enough = found.weights(low_memory=False) + drawing
+    enough = found.needed(16, 16, 1)
     free(enough + 1)
     assert not load(tiny_bundle)._loaded.low_memory
     free(enough - 1)
@@ -73,7 +80,7 @@ def test_low_memory_is_chosen_where_it_is_needed(
         assert load(tiny_bundle)._loaded.low_memory
     assert "each engine is open only while it is needed" in caplog.text
     assert load(tiny_bundle, preflight=False)._loaded.low_memory is False
-    free(found.weights(low_memory=True) + drawing - 1)
+    free(found.needed(16, 16, 1, low_memory=True) - 1)
     for wanted in (None, True, False):
         with pytest.raises(OutOfMemoryError, match=r"one picture, 16 x 16 px, takes about .* --no-preflight"):
             load(tiny_bundle, low_memory=wanted)
@@ -88,12 +95,12 @@ def test_what_the_user_says_counts(tiny_bundle: Path, free: Any) -> None:
 def test_a_call_that_does_not_fit_is_refused_before_the_work(tiny_bundle: Path, free: Any) -> None:
     free(10**12)
     pipe, low = load(tiny_bundle), load(tiny_bundle, low_memory=True)
-    each, weights = needs_of(tiny_bundle).drawing(16, 16, 1), needs_of(tiny_bundle).weights(low_memory=True)
-    free(3 * each)
+    found = needs_of(tiny_bundle)
+    free(found.needed(16, 16, 3, opened=True))
     with pytest.raises(OutOfMemoryError, match="4 pictures at a time, 16 x 16 px"):
         pipe("a", CONTROL, num_images_per_prompt=4, num_inference_steps=1)
     assert len(pipe("a", CONTROL, num_images_per_prompt=2, num_inference_steps=1).images) == 2
     with pytest.raises(OutOfMemoryError):
         low("a", CONTROL, num_inference_steps=1)
-    free(3 * each + weights)
+    free(found.needed(16, 16, 2, low_memory=True))
     assert len(low("a", CONTROL, num_images_per_prompt=2, num_inference_steps=1).images) == 2
