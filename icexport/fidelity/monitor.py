@@ -54,10 +54,14 @@ class FidelityMonitor:
         """How many readings there are if every call to read is made."""
         return len(self._steps)
 
+    def wants(self, call: int) -> bool:
+        """Tell whether a UNet call, counted from 0, is to be read."""
+        return call in self._steps
+
     def next_call(self) -> list[str]:
         """Name the UNet's outputs to read at its next call: the taps and the time embedding, or none."""
         index, self._calls = self._calls, self._calls + 1
-        return [*self._taps, *self._embedding] if index in self._steps else []
+        return [*self._taps, *self._embedding] if self.wants(index) else []
 
     def __call__(self, timestep: Tensor, outputs: dict[str, Tensor]) -> None:
         """Read the taps of the call that ``next_call`` was asked about.
@@ -78,10 +82,19 @@ class FidelityMonitor:
                 f"{2 * batch} samples expected). Check what callback_on_step_end returns."
             )
         inputs = {name: outputs[name][-batch:] for name in (*self._taps, *self._embedding)}
-        reading = self._probe(inputs)["reading"]
+        self.take(self._calls - 1, timestep[-1], self._probe(inputs)["reading"])
+
+    def take(self, call: int, timestep: Tensor, reading: Tensor) -> None:
+        """Take what the probe read.
+
+        Args:
+            call: 0-based number of the UNet call.
+            timestep: its timestep, a scalar.
+            reading: the probe's output, ``[b,C,h,w]``.
+        """
         self._last = normalise(reading, self._config.control_range, self._config.normaliser)
-        self._indices.append(self._calls - 1)
-        self._times.append(timestep[-1])
+        self._indices.append(call)
+        self._times.append(timestep)
         self._errors.append(self._mean_error(self._last))
 
     def _mean(self, reading: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class NotLinearError(UnsupportedOptionError):
     """A scheduler that weights cannot stand for; the message says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Coefficients:
     """What the latents are made of, for one scheduler and its K calls of the model.
 

@@ -177,9 +177,8 @@ class EngineControlNet(ControlNetModel):  # type: ignore[misc]
         batch, count = len(sample), len(self._residuals)
         key = (batch, conditioning_scale, guess_mode, sample.dtype, sample.device)
         if key not in self._scales:
-            # Guess mode, as ControlNetModel.forward has it: from a tenth at the first residual to all at the last.
-            weights = torch.logspace(-1, 0, count) if guess_mode else torch.ones(count)
-            self._scales[key] = (weights * conditioning_scale).expand(batch, count).to(sample.device, sample.dtype)
+            scales = residual_scale(count, conditioning_scale, guess_mode).expand(batch, count)
+            self._scales[key] = scales.to(sample.device, sample.dtype)
         return self._scales[key]
 
 
@@ -274,6 +273,14 @@ class EngineVae(EngineModule):
         latents = latents.to(self.dtype)
         parts = torch.split(latents, 1) if self._slicing else (latents,)
         return (torch.cat([self.engine({"latents": part})["pixels"] for part in parts]),)
+
+
+def residual_scale(count: int, scale: float, guess_mode: bool) -> Tensor:
+    """Return the factor of each residual, ``[count]``.
+
+    In guess mode, as ``ControlNetModel.forward`` has it: from a tenth at the first residual to all at the last.
+    """
+    return scale * (torch.logspace(-1, 0, count) if guess_mode else torch.ones(count))
 
 
 def as_timesteps(timestep: Tensor | float, sample: Tensor) -> Tensor:

@@ -89,9 +89,7 @@ class Needs:
             )
         return needed > free
 
-    def check(
-        self, height: int, width: int, pictures: int, *, low_memory: bool = False, opened: bool = False
-    ) -> None:
+    def check(self, height: int, width: int, pictures: int, *, low_memory: bool = False, opened: bool = False) -> None:
         """Refuse what does not fit into the memory that is free; arguments are those of ``needed``.
 
         Raises:
