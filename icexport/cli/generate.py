@@ -191,7 +191,7 @@ def _counting(shown: Progress, calls: int) -> Callable[..., dict[str, Any]]:
     done = itertools.count(1)
 
     def ended(pipe: InnerControlPipeline, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        number, total = next(done), calls * len(pipe.scheduler.timesteps)  # which may be more than were asked for
+        number, total = next(done), calls * pipe.num_timesteps  # which may be more than were asked for
         shown("draw", number, total)
         if number == total:
             shown("decode and score")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,20 @@ from icexport.errors import UsageError
 from icexport.fidelity.normalise import control_target, normalise
 from icexport.fidelity.report import StepReading
 from icexport.models.probe import ProbeConfig
+
+
+def finished(monitors: Sequence[FidelityMonitor]) -> tuple[list[StepReading], Tensor | None]:
+    """Return the readings of all monitors as if one had read all of their pictures; see ``FidelityMonitor.finish``.
+
+    A call that not every one of them has read, as when pictures end early, is left out.
+    """
+    parts = [monitor.finish() for monitor in monitors]
+    maps = [heat_map for _, heat_map in parts if heat_map is not None]
+    steps = [
+        replace(same[0], errors=[error for reading in same for error in reading.errors])
+        for same in zip(*(readings for readings, _ in parts), strict=False)
+    ]
+    return steps, torch.cat(maps) if maps else None
 
 
 class FidelityMonitor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from icexport.backends.engines import choose_backend, default_device
 from icexport.bundle.store import Bundle
 from icexport.conditions import Condition
 from icexport.errors import UnsupportedOptionError, UsageError
-from icexport.fidelity.monitor import FidelityMonitor
+from icexport.fidelity.monitor import FidelityMonitor, finished
 from icexport.fidelity.report import FidelityReport
 from icexport.graphs.profile import SizeRange
 from icexport.host.pixels import as_pictures
@@ -338,8 +338,8 @@ class Controlled(Refusals):
         found, _ = retrieve_timesteps(scheduler, steps, self.device, timesteps, sigmas)
         return len(found)
 
-    def _report(self, scores: list[float] | None, monitor: FidelityMonitor | None) -> FidelityReport:
-        steps, heat_map = monitor.finish() if monitor else ([], None)
+    def _report(self, scores: list[float] | None, monitors: Sequence[FidelityMonitor]) -> FidelityReport:
+        steps, heat_map = finished(monitors)
         return FidelityReport(
             condition=self.condition.name,
             metric=self.condition.metric,
@@ -348,7 +348,7 @@ class Controlled(Refusals):
             scores=scores,
             steps=steps,
             heat_map=None if heat_map is None else heat_map.numpy(),
-            expected=monitor.expected if monitor else 0,
+            expected=monitors[0].expected if monitors else 0,
         )
 
 

@@ -95,7 +95,7 @@ def draw_calls(
         request: what to draw.
         calls: how many pictures one call takes. Where fewer are left, the last one is drawn again and thrown away.
         check_fidelity: whether, or at which calls, to check, as the pipeline takes it; only for a pipeline of ours.
-        callback: called at the end of every step, as diffusers does.
+        callback: called at the end of every step, as diffusers does, without tensors.
 
     Yields:
         The pictures of each call, in the order of the seeds.
@@ -123,6 +123,7 @@ def draw_calls(
             controlnet_conditioning_scale=request.controlnet_scale,
             output_type="pt",
             callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=[],
             **options,
         )
         report = found.fidelity.first(len(index)) if options and found.fidelity is not None else None

@@ -13,12 +13,16 @@ import torch
 from icexport.backends import table
 from icexport.backends.engines import load_engine
 from icexport.backends.probe_kernels import load_probe_kernels
+from icexport.bundle.manifest import Manifest
 from icexport.bundle.store import Bundle
 from icexport.errors import UnsupportedOptionError
+from icexport.models.sizes import residual_channels, vae_factor
 from icexport.runtime.components import EngineControlNet, EngineTextEncoder, EngineUNet, EngineVae
 from icexport.runtime.needs import Needs
 from icexport.runtime.phases import Phases
+from icexport.runtime.rows import StepModels
 from icexport.runtime.step import StepGraphs
+from icexport.runtime.step_engine import StepEngine
 from icexport.runtime.turn import Turn
 
 if TYPE_CHECKING:
@@ -41,6 +45,8 @@ class Loaded:
         needs: what calls are checked against; None: nothing.
         probe: the probe's engine; None: the bundle has none.
         concurrent: whether several threads may call its engines at once.
+        step_engine: draws pictures of all calls together; None: the engines take no single picture.
+        step_graphs: launches a step at once; None: not wanted.
         process: id of the process that loaded it.
     """
 
@@ -52,6 +58,8 @@ class Loaded:
     needs: Needs | None
     probe: Engine | None
     concurrent: bool
+    step_engine: StepEngine | None
+    step_graphs: StepGraphs | None
     process: int = field(default_factory=os.getpid)
 
     def options(self) -> dict[str, Any]:
@@ -110,9 +118,27 @@ def load_models(
     if "probe" in bundle.manifest.graphs:
         probe = load_probe_kernels(bundle, device) if probe_kernels else load("probe")
     concurrent = row.concurrent and not (low_memory or cuda_graph or probe_kernels)
-    return stand_ins(
-        Loaded(bundle, backend, cuda_graph, probe_kernels, low_memory, needs, probe, concurrent), engines, Turn()
+    step_graphs = StepGraphs(engines["controlnet"], engines["unet"]) if cuda_graph else None
+    step_engine = _step_engine(bundle.manifest, engines, probe, needs, step_graphs)
+    loaded = Loaded(
+        bundle, backend, cuda_graph, probe_kernels, low_memory, needs, probe, concurrent, step_engine, step_graphs
     )
+    return stand_ins(loaded, engines, Turn())
+
+
+def _step_engine(
+    manifest: Manifest,
+    engines: Mapping[str, Engine],
+    probe: Engine | None,
+    needs: Needs | None,
+    step_graphs: StepGraphs | None,
+) -> StepEngine | None:
+    profile, configs = manifest.profile, manifest.configs
+    if profile.batch.min > 1:
+        return None
+    residuals = residual_channels(configs["controlnet"])
+    models = StepModels(engines["controlnet"], engines["unet"], probe, residuals, profile.batch.max, step_graphs)
+    return StepEngine(models, profile, vae_factor(configs["vae"]), needs)
 
 
 def stand_ins(loaded: Loaded, engines: Mapping[str, Engine], turn: Turn) -> dict[str, Any]:
@@ -127,8 +153,7 @@ def stand_ins(loaded: Loaded, engines: Mapping[str, Engine], turn: Turn) -> dict
     controlnet = EngineControlNet(engines["controlnet"], configs["controlnet"])
     unet = EngineUNet(engines["unet"], configs["unet"])
     unet.loaded, unet.turn = loaded, turn
-    if loaded.cuda_graph:
-        unet.step_graphs = controlnet.step_graphs = StepGraphs(controlnet.engine, unet.engine)
+    unet.step_graphs = controlnet.step_graphs = loaded.step_graphs
     return {
         "vae": EngineVae(engines["vae"], configs["vae"]),
         "text_encoder": EngineTextEncoder(engines["text_encoder"], configs["text_encoder"]),

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from icexport.runtime.controlled import Controlled
 from icexport.runtime.outputs import InnerControlPipelineOutput
+from icexport.runtime.stepping import Loop, Stepping, choose_loop
 
 
-class InnerControlPipeline(Controlled, StableDiffusionControlNetPipeline):  # type: ignore[misc]
+class InnerControlPipeline(Stepping, Controlled, StableDiffusionControlNetPipeline):  # type: ignore[misc]
     """Text-to-image under one ControlNet, on engines.
 
     A drop-in for diffusers' ``StableDiffusionControlNetPipeline``: the same parameters in the same order with the same
@@ -52,6 +53,7 @@ class InnerControlPipeline(Controlled, StableDiffusionControlNetPipeline):  # ty
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  diffusers' own default
         *,
         check_fidelity: bool | Collection[int] = True,
+        loop: Loop = "auto",
         **kwargs: Any,
     ) -> InnerControlPipelineOutput | tuple[Any, list[bool] | None]:
         """Generate pictures; every parameter up to the star is diffusers' own.
@@ -86,9 +88,13 @@ class InnerControlPipeline(Controlled, StableDiffusionControlNetPipeline):  # ty
             control_guidance_end: share of the steps at which it ends.
             clip_skip: number of layers of the text encoder to skip.
             callback_on_step_end: ``f(pipe, step, timestep, tensors) -> tensors``.
-            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets and may change; none: it
+                only looks on.
             check_fidelity: whether to read the control back with the probe at every UNet call, or at the 0-based calls
                 given, and score the pictures. False: nothing of this is computed.
+            loop: what draws. ``fast``: the step engine, which draws calls of several threads together and holds the
+                scheduler as numbers. ``diffusers``: its own loop. ``auto``: the former where it is exact, which is
+                unless the scheduler clips or a callback may change tensors.
             **kwargs: ``callback`` and ``callback_steps``, which diffusers deprecates.
 
         Returns:
@@ -112,41 +118,55 @@ class InnerControlPipeline(Controlled, StableDiffusionControlNetPipeline):  # ty
             scored = check_fidelity is not False and output_type != "latent"
             if scored:
                 self._check_score(control_maps)
-            calls = self._count_calls(num_inference_steps, timesteps, sigmas) if check_fidelity is not False else 0
-            monitor = self._watch(control_maps, check_fidelity, calls)
-            self.unet.observer = monitor
-            try:
-                images, nsfw = super().__call__(
-                    prompt=prompt,
-                    image=steering,
-                    num_inference_steps=num_inference_steps,
-                    timesteps=timesteps,
-                    sigmas=sigmas,
-                    guidance_scale=guidance_scale,
-                    negative_prompt=negative_prompt,
-                    num_images_per_prompt=num_images_per_prompt,
-                    eta=eta,
-                    generator=generator,
-                    latents=latents,
-                    prompt_embeds=prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    output_type="pt" if scored else output_type,
-                    return_dict=False,
-                    controlnet_conditioning_scale=controlnet_conditioning_scale,
-                    guess_mode=guess_mode,
-                    control_guidance_start=control_guidance_start,
-                    control_guidance_end=control_guidance_end,
-                    clip_skip=clip_skip,
-                    callback_on_step_end=callback_on_step_end,
-                    callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                    **kwargs,
-                )
-            finally:
-                self.unet.observer = None
+            options: dict[str, Any] = {
+                "prompt": prompt,
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "negative_prompt": negative_prompt,
+                "num_images_per_prompt": num_images_per_prompt or 1,
+                "generator": generator,
+                "latents": latents,
+                "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "output_type": "pt" if scored else output_type,
+                "controlnet_conditioning_scale": controlnet_conditioning_scale,
+                "guess_mode": guess_mode,
+                "control_guidance_start": control_guidance_start,
+                "control_guidance_end": control_guidance_end,
+                "clip_skip": clip_skip,
+                "callback_on_step_end": callback_on_step_end,
+            }
+            times: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas, "eta": eta}
+            callbacks = {
+                "callback_on_step_end": callback_on_step_end if callback_on_step_end_tensor_inputs else None,
+                "callback": kwargs.get("callback"),
+            }
+            changed_by = [name for name, callback in callbacks.items() if callback is not None]
+            weights = choose_loop(
+                loop, self._loaded.step_engine, self.scheduler, num_inference_steps, changed_by=changed_by, **times
+            )
+            if weights is not None:
+                each = [self._watch(one[None], check_fidelity, weights.calls) for one in control_maps]
+                images, nsfw = self._draw_fast(weights, each, image=control_maps, **options)
+            else:
+                calls = self._count_calls(num_inference_steps, timesteps, sigmas) if check_fidelity is not False else 0
+                each = [self._watch(control_maps, check_fidelity, calls)]
+                (self.unet.observer,) = each
+                try:
+                    images, nsfw = super().__call__(
+                        image=steering,
+                        return_dict=False,
+                        callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                        **options,
+                        **times,
+                        **kwargs,
+                    )
+                finally:
+                    self.unet.observer = None
             report = None
             if check_fidelity is not False:
                 scores = self.condition.score(images.float(), control_maps).tolist() if scored else None
-                report = self._report(scores, monitor)
+                report = self._report(scores, [monitor for monitor in each if monitor])
             if scored and output_type != "pt":
                 images = self.image_processor.pt_to_numpy(images)
                 images = self.image_processor.numpy_to_pil(images) if output_type == "pil" else images

@@ -110,9 +110,11 @@ class StepModels:
         return [Answer(rows, readings.get(slot.number)) for slot, rows in zip(slots, predicted, strict=True)]
 
     def _run(self, common: dict[str, Tensor], steady: _Steady, wanted: list[str]) -> dict[str, Tensor]:
-        if self._step_graphs is not None and steady.control and steady.controlled is None:
+        if self._step_graphs is None:
+            return self._unet(common | self._steer(common, steady), wanted)
+        if steady.control and steady.controlled is None:
             return self._step_graphs(common, Deferred(common | steady.control), wanted)
-        return self._unet(common | self._steer(common, steady), wanted)
+        return self._step_graphs(common | self._steer(common, steady), None, wanted)
 
     def _steer(self, common: dict[str, Tensor], steady: _Steady) -> dict[str, Tensor]:
         """Return the residuals of all rows; they are zero where no ControlNet steers."""

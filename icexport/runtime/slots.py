@@ -174,7 +174,7 @@ class Slot:
 
     def _mix(self, weights: Tensor) -> Tensor:
         # What is not known yet is left out: 0 times what happens to be in memory may be NaN.
-        return (weights[: self._known] @ self._parts[: self._known]).reshape(self._shape)
+        return torch.mv(self._parts[: self._known].T, weights[: self._known]).reshape(self._shape)
 
 
 def guide(predicted: Tensor, request: StepRequest) -> Tensor:
@@ -182,7 +182,7 @@ def guide(predicted: Tensor, request: StepRequest) -> Tensor:
     if len(predicted) == 1:
         return predicted[0]
     free, prompted = predicted
-    guided = free + request.guidance_scale * (prompted - free)
+    guided: Tensor = free + request.guidance_scale * (prompted - free)
     if request.guidance_rescale:
-        guided = rescale_noise_cfg(guided[None], prompted[None], request.guidance_rescale)[0]
+        (guided,) = rescale_noise_cfg(guided[None], prompted[None], request.guidance_rescale)
     return guided

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from icexport.errors import UsageError
@@ -33,5 +35,15 @@ class Turn:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Let the next one in."""
-        self._owner = None
-        self._lock.release()
+        if self._owner == threading.get_ident():  # not if the wait in ``others`` was interrupted
+            self._owner = None
+            self._lock.release()
+
+    @contextmanager
+    def others(self) -> Iterator[None]:
+        """Let calls of other threads in while a part of this one goes on that needs no turn."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()

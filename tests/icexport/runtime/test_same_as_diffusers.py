@@ -70,8 +70,8 @@ def call(pipe: Any, **options: Any) -> Any:
     return pipe(**(defaults | {k: v() if callable(v) and k == "generator" else v for k, v in options.items()}))[0]
 
 
-def assert_same(ours: Any, theirs: Any, **options: Any) -> Tensor:
-    found, expected = call(ours, **options), call(theirs, **options)
+def assert_same(ours: Any, theirs: Any, loop: str = "auto", **options: Any) -> Tensor:
+    found, expected = call(ours, loop=loop, **options), call(theirs, **options)
     assert found.shape == expected.shape
     assert distance(found, expected) < 1e-4
     return found
@@ -92,15 +92,23 @@ def test_signature() -> None:
     assert {p.kind for p in ours[28:]} == {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
 
 
+LOOPS = pytest.mark.parametrize("loop", ["fast", "diffusers"])
+
+
+@LOOPS
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(
-    ours: InnerControlPipeline, theirs: StableDiffusionControlNetPipeline, name: str, monkeypatch: pytest.MonkeyPatch
+    ours: InnerControlPipeline,
+    theirs: StableDiffusionControlNetPipeline,
+    name: str,
+    loop: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for pipe in (ours, theirs):
-        scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **SCHEDULERS[name])
+        scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, clip_sample=False, **SCHEDULERS[name])
         monkeypatch.setattr(pipe, "scheduler", scheduler)
 
-    assert_same(ours, theirs, eta=0.5 if name == "DDIMScheduler" else 0.0)
+    assert_same(ours, theirs, loop, eta=0.5 if name == "DDIMScheduler" else 0.0)
 
 
 EMBEDS = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(8))
@@ -133,11 +141,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 OTHER_FORMS = ("pil", "array")  # of the same control map: the only options that change nothing
 
 
+@LOOPS
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(
-    ours: InnerControlPipeline, theirs: StableDiffusionControlNetPipeline, plain: Tensor, name: str
+    ours: InnerControlPipeline, theirs: StableDiffusionControlNetPipeline, plain: Tensor, name: str, loop: str
 ) -> None:
-    found = assert_same(ours, theirs, **OPTIONS[name])
+    found = assert_same(ours, theirs, loop, **OPTIONS[name])
 
     changed = found.shape != plain.shape or distance(found, plain) > 1e-3
     assert changed == (name not in OTHER_FORMS), "else the comparison would prove nothing"
@@ -248,8 +257,9 @@ def test_own_timesteps(ours: InnerControlPipeline, theirs: StableDiffusionContro
         scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
         monkeypatch.setattr(pipe, "scheduler", scheduler)
 
-    assert_same(ours, theirs, timesteps=[900, 400, 10])
-    assert_same(ours, theirs, sigmas=[10.0, 2.5, 0.1])
+    for loop in ("fast", "diffusers"):
+        assert_same(ours, theirs, loop, timesteps=[900, 400, 10])
+        assert_same(ours, theirs, loop, sigmas=[10.0, 2.5, 0.1])
 
 
 def test_diffusers_attributes(ours: InnerControlPipeline, theirs: StableDiffusionControlNetPipeline) -> None:
