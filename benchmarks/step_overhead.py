@@ -38,6 +38,7 @@ _SIDE, _STEPS, _GUIDANCE = 512, 20, 7.5
 _TOKENS = 77
 _PICTURES = (1, 2, 4)
 _NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+_PLAIN = {"clip_sample": False, "set_alpha_to_one": False}
 
 
 class Nothing:
@@ -138,7 +139,7 @@ def _between(times: list[float]) -> float:
 
 def measured(rounds: int) -> list[dict[str, Any]]:
     """Return one row for each scheduler and number of pictures: both in turn, medians of the rounds."""
-    own = PNDMScheduler(**_NOISE, skip_prk_steps=True)
+    own = PNDMScheduler.from_config({**_NOISE, **_PLAIN, "skip_prk_steps": True})
     rows = []
     for name in ("UniPC", "DDIM", "PNDM", "DPMSolverMultistep", "EulerAncestralDiscrete"):
         for pictures in _PICTURES:

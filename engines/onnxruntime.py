@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines import torch_eager
-from engines.base import Availability, TensorSpec, as_device, check_inputs, require_device, select_outputs
+from engines import availability
+from engines.base import TensorSpec, as_device, check_inputs, require_device, select_outputs
 from engines.errors import BackendUnavailableError, EngineError, OutOfMemoryError
 from engines.interrupt import Interruptible
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LOG_FATAL_ONLY = 4
 """Errors come as exceptions, with the same text."""
 _OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory")
@@ -31,26 +29,6 @@ _DTYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
     "tensor(bool)": (torch.bool, np.bool_),
 }
 _NUMPY = dict(_DTYPES.values())
-
-
-def check() -> Availability:
-    """Tell whether ONNX Runtime imports, and on which devices it can share memory with torch. Never raises."""
-    try:
-        import onnxruntime
-
-        version, providers = str(onnxruntime.__version__), onnxruntime.get_available_providers()
-    except (ImportError, OSError, AttributeError) as error:  # AttributeError: a half-removed installation
-        fix = "Run: pip install --force-reinstall onnxruntime"
-        return Availability(False, None, f"onnxruntime cannot be imported: {error}", fix, ())
-    if _PROVIDERS["cuda"] in providers:
-        return replace(torch_eager.check(), version=version)  # torch holds the memory: its devices are the limit
-    return Availability(
-        True,
-        version,
-        f"onnxruntime {version} was built without {_PROVIDERS['cuda']}",
-        "For a GPU, run: pip uninstall onnxruntime, then: pip install onnxruntime-gpu",
-        ("cpu",),
-    )
 
 
 class OnnxRuntimeEngine:
@@ -90,7 +68,7 @@ class OnnxRuntimeEngine:
         self.path = Path(path)
         self.weights = Path(weights) if weights is not None else self.path.parent
         self.device = as_device(device)
-        require_device(self.backend, check(), self.device.type)
+        require_device(self.backend, availability.onnxruntime(), self.device.type)
         # Any: onnxruntime ships no type information.
         self._arena = arena and self.device.type == "cpu"
         self._session: Any | None = _open_session(self.path, self.weights, self.device, threads, self._arena)
@@ -190,10 +168,10 @@ def _open_session(path: Path, weights: Path, device: torch.device, threads: int 
         # ONNX Runtime takes weights from another folder only if the graph itself is in memory.
         model = path.read_bytes()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    provider = _PROVIDERS[device.type]
+    provider = availability.PROVIDERS[device.type]
     providers: list[Any] = [provider]
     if device.type == "cuda":
-        providers = [(provider, {"device_id": str(device.index)}), _PROVIDERS["cpu"]]
+        providers = [(provider, {"device_id": str(device.index)}), availability.PROVIDERS["cpu"]]
     try:
         # enable_fallback: without 0, a provider that fails is replaced by the CPU with nothing but a print.
         session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)

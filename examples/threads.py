@@ -1,4 +1,4 @@
-"""Draw in several threads: each takes a fork of the pipeline, and all of them share the engines.
+"""Draw in several threads, which share one pipeline.
 
 icexport build --cond canny
 python examples/threads.py builds/canny
@@ -7,7 +7,6 @@ python examples/threads.py builds/canny
 from __future__ import annotations
 
 import argparse
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,13 +30,10 @@ def main() -> None:
     profile = pipe.bundle.manifest.profile
     control_map = torch.zeros(1, 3, profile.height.opt, profile.width.opt)
     control_map[..., profile.height.opt // 4, :] = 1  # a horizon
-    local = threading.local()
 
     def draw(seed: int) -> Image.Image:
-        if not hasattr(local, "pipe"):
-            local.pipe = pipe.fork()
         generator = torch.Generator().manual_seed(seed)
-        return local.pipe("a room", image=control_map, num_inference_steps=args.steps, generator=generator).images[0]
+        return pipe("a room", image=control_map, num_inference_steps=args.steps, generator=generator).images[0]
 
     args.output.mkdir(exist_ok=True)
     with ThreadPoolExecutor(args.threads) as pool:

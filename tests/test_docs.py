@@ -129,6 +129,7 @@ def example_arguments(name: str, bundle: Path, desk: Path, model: Path, output: 
     return {
         "draw": [bundle, desk / "picture.png", "--steps", 2, "--output", output / "draw.png"],
         "best_of": [bundle, desk / "picture.png", "--steps", 1, "--pictures", 3, "--output", output / "best.png"],
+        "step_engine": [bundle, desk / "picture.png", "--output", output / "pictures"],
         "threads": [bundle, "--steps", 1, "--pictures", 3, "--output", output / "pictures"],
         "same_as_diffusers": [bundle, model, "--steps", 3],
         "own_files": [*parts, "--controlnet", desk / "controlnet.pth", "--output", output / "own"],
@@ -154,6 +155,7 @@ def test_examples(
     expected = {
         "draw": r"edge F1: \d\.\d{3}\n(step  \d, t = +\d+: probe error \d\.\d{4}\n){2}",
         "best_of": r"(seed \d: edge F1 \d\.\d{3}\n){3}seed \d follows its map best: .*best\.png\n",
+        "step_engine": r"(call \d+, of \d pictures: (quick|late|unguided|careful) is done\n){4}",
         "threads": r"3 pictures are in .*pictures\n",
         "same_as_diffusers": r"largest difference of a value in \[0,1\]: (0|\d(\.\d)?e-0[5-9])\n",
         "own_files": r"(?s).*unet\.noise_pred: cosine 1\.000000, relative error .*",
@@ -163,8 +165,9 @@ def test_examples(
         assert any(tmp_path.iterdir())
 
 
-def test_there_are_five_examples() -> None:
-    assert [path.stem for path in EXAMPLES] == ["best_of", "draw", "own_files", "same_as_diffusers", "threads"]
+def test_there_are_six_examples() -> None:
+    expected = ["best_of", "draw", "own_files", "same_as_diffusers", "step_engine", "threads"]
+    assert [path.stem for path in EXAMPLES] == expected
 
 
 def test_the_reference_decides_every_name_of_diffusers() -> None:

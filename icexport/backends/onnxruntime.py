@@ -35,7 +35,7 @@ class OnnxRuntime(Backend):
 
     def check(self) -> Availability:
         """See ``Backend.check``."""
-        return found("engines.onnxruntime", lambda module: module.check())
+        return found("engines.availability", lambda module: module.onnxruntime())
 
     def key_options(self, options: PlanOptions) -> dict[str, Any]:
         """Return which form of the graphs it runs; see ``Backend.key_options``."""

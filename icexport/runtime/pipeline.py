@@ -147,7 +147,9 @@ class InnerControlPipeline(Stepping, Controlled, StableDiffusionControlNetPipeli
             )
             if weights is not None:
                 each = [self._watch(one[None], check_fidelity, weights.calls) for one in control_maps]
-                images, nsfw = self._draw_fast(weights, each, image=control_maps, **options)
+                requests = self._requests(weights, each, image=control_maps, **options)
+                kind = options["output_type"]
+                images, nsfw = self._draw_fast(requests, num_inference_steps, callback_on_step_end, kind)
             else:
                 calls = self._count_calls(num_inference_steps, timesteps, sigmas) if check_fidelity is not False else 0
                 each = [self._watch(control_maps, check_fidelity, calls)]

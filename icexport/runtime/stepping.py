@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 Loop = Literal["auto", "diffusers", "fast"]
 """What draws: the step engine where it is exact, always diffusers' loop, or always the step engine."""
 
+_NO_SINGLE = "takes no single picture: build with --batch-size 1 or 1:1:4"
+
 
 def choose_loop(
     loop: Loop,
@@ -57,7 +59,7 @@ def choose_loop(
     if loop == "diffusers":
         return None
     if engine is None:
-        reason = "the bundle takes no single picture (--batch-size)"
+        reason = f"the bundle {_NO_SINGLE}"
     elif changed_by:
         reason = f"{' and '.join(changed_by)} may change tensors of the loop"
     else:
@@ -73,33 +75,126 @@ def choose_loop(
 
 
 class Stepping:
-    """A mixin for pipelines of Stable Diffusion: ``_draw_fast`` is what ``__call__`` of diffusers' pipeline is."""
+    """A mixin for pipelines of Stable Diffusion: pictures as requests to the step engine, and what becomes of them."""
 
-    def _draw_fast(
+    @property
+    def step_engine(self: Any) -> StepEngine:
+        """What draws the pictures of this pipeline and of its forks together; ``step_requests`` makes requests to it.
+
+        Raises:
+            UnsupportedOptionError: the bundle takes no single picture.
+        """
+        engine: StepEngine | None = self._loaded.step_engine
+        if engine is None:
+            raise UnsupportedOptionError(f"The bundle {self.bundle.path} {_NO_SINGLE}.")
+        return engine
+
+    @torch.no_grad()
+    def step_requests(
+        self: Any,
+        prompt: str | list[str],
+        image: Any,
+        *,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        controlnet_conditioning_scale: float = 1.0,
+        guess_mode: bool = False,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
+        clip_skip: int | None = None,
+        check_fidelity: bool | Collection[int] = True,
+    ) -> list[StepRequest]:
+        """Return one request for each picture, for who drives the step engine; arguments are those of ``__call__``.
+
+        Args:
+            prompt: one or several prompts.
+            image: control map(s).
+            num_inference_steps: number of denoising steps.
+            timesteps: own timesteps instead.
+            sigmas: own sigmas instead.
+            guidance_scale: classifier-free guidance above 1.
+            guidance_rescale: see ``StepRequest``.
+            negative_prompt: what to avoid, with guidance.
+            num_images_per_prompt: number of pictures for each prompt.
+            eta: eta of DDIM.
+            generator: one generator, or a list with one for each picture.
+            controlnet_conditioning_scale: strength of the control.
+            guess_mode: see ``StepRequest``.
+            control_guidance_start: share of the steps at which control begins.
+            control_guidance_end: share of the steps at which it ends.
+            clip_skip: number of layers of the text encoder to skip.
+            check_fidelity: calls at which the probe reads; the request's ``monitor`` has the readings afterwards.
+
+        Raises:
+            UsageError: a size is outside the bundle's profile, or arguments contradict each other.
+            UnsupportedOptionError: the scheduler is not linear, or the bundle takes no single picture.
+        """
+        with self._call():
+            _, maps = self._prepare(image, prompt, None, (None, None), num_images_per_prompt)
+            times: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas, "eta": eta}
+            weights = choose_loop(
+                "fast", self._loaded.step_engine, self.scheduler, num_inference_steps, changed_by=(), **times
+            )
+            monitors = [self._watch(one[None], check_fidelity, weights.calls) for one in maps] if weights else []
+            requests: list[StepRequest] = self._requests(
+                weights,
+                monitors,
+                prompt=prompt,
+                image=maps,
+                guidance_scale=guidance_scale,
+                guidance_rescale=guidance_rescale,
+                negative_prompt=negative_prompt,
+                num_images_per_prompt=num_images_per_prompt,
+                generator=generator,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+                guess_mode=guess_mode,
+                control_guidance_start=control_guidance_start,
+                control_guidance_end=control_guidance_end,
+                clip_skip=clip_skip,
+            )
+            return requests
+
+    @torch.no_grad()
+    def pictures(self: Any, latents: Tensor, output_type: str = "pil") -> Any:
+        """Return the pictures of finished latents.
+
+        Args:
+            latents: what a ticket of the step engine gives, ``[b,C,h,w]``.
+            output_type: ``pil``, ``np`` or ``pt``.
+        """
+        with self._call():
+            return self._finished(latents.to(self.unet.dtype), output_type)[0]
+
+    def _requests(
         self: Any,
         weights: Coefficients,
         monitors: Sequence[FidelityMonitor | None],
         *,
         prompt: str | list[str] | None,
         image: Tensor,
-        num_inference_steps: int,
         guidance_scale: float,
         negative_prompt: str | list[str] | None,
         num_images_per_prompt: int,
         generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        output_type: str | None,
         controlnet_conditioning_scale: float | list[float],
         guess_mode: bool,
         control_guidance_start: float | list[float],
         control_guidance_end: float | list[float],
         clip_skip: int | None,
-        callback_on_step_end: Any,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        guidance_rescale: float = 0.0,
         **_others: Any,
-    ) -> tuple[Any, list[bool] | None]:
-        """Draw pictures with what stands for scheduler and steps, and what reads each picture's control back.
+    ) -> list[StepRequest]:
+        """Return one request for each picture, from what stands for scheduler and steps, and what reads the control.
 
         The rest is as for ``__call__``, but ``image``: one control map for each picture, ``[b,3,H,W]`` in [0,1].
         """
@@ -135,18 +230,37 @@ class Stepping:
         )
         prompts = torch.stack([negative, embeds], dim=1) if guided else embeds[:, None]
         noise = self._noise(weights.draws, image, embeds.dtype, generator, latents)
-        requests = [
+        return [
             StepRequest(
-                weights, noise[:, i], prompts[i], image[i], scales, guidance_scale, 0.0, guess_mode, monitors[i]
+                weights,
+                noise[:, index],
+                prompts[index],
+                image[index],
+                scales,
+                guidance_scale=guidance_scale,
+                guidance_rescale=guidance_rescale,
+                guess_mode=guess_mode,
+                monitor=monitor,
             )
-            for i in range(len(embeds))
+            for index, monitor in enumerate(monitors)
         ]
-        progress = _Progress(self, weights, num_inference_steps, callback_on_step_end)
-        engine = self._loaded.step_engine
+
+    def _draw_fast(
+        self: Any, requests: Sequence[StepRequest], steps: int, callback: Any, output_type: str | None
+    ) -> tuple[Any, list[bool] | None]:
+        """Draw requests of equal calls; return what ``__call__`` of diffusers' pipeline does.
+
+        Args:
+            requests: the pictures.
+            steps: number of steps, for the progress bar.
+            callback: called after every call without tensors, or None.
+            output_type: ``pil``, ``np``, ``pt`` or ``latent``.
+        """
+        progress = _Progress(self, requests[0].coefficients, steps, callback)
         # All that belongs to the call is in its requests: others may begin, and be drawn together with it.
         with self.unet.turn.others() if self._loaded.concurrent else nullcontext(), progress:
-            found = draw(engine, requests, progress.look)
-        images, flagged = self._finished(found.to(embeds.dtype), output_type)
+            latents = draw(self.step_engine, requests, progress.look)
+        images, flagged = self._finished(latents.to(self.unet.dtype), output_type)
         return images, flagged
 
     def _noise(

@@ -12,6 +12,7 @@ import onnx.parser
 import pytest
 import torch
 
+from engines import availability
 from engines import onnxruntime as backend
 from engines.base import TensorSpec
 from engines.errors import BackendUnavailableError, EngineError, OutOfMemoryError, ShapeError
@@ -259,23 +260,23 @@ def test_check_offers_cuda_only_if_torch_has_it_too(
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_cuda)
-    availability = backend.check()
-    assert availability.devices == devices
-    assert availability.version == onnxruntime.__version__
-    assert bool(availability.reason) is not torch_cuda
+    found = availability.onnxruntime()
+    assert found.devices == devices
+    assert found.version == onnxruntime.__version__
+    assert bool(found.reason) is not torch_cuda
 
 
 def test_check_of_a_missing_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    availability = backend.check()
-    assert not availability.usable
-    assert "pip install" in availability.fix
+    found = availability.onnxruntime()
+    assert not found.usable
+    assert "pip install" in found.fix
 
 
 @pytest.mark.gpu
 def test_cuda_gives_the_same_numbers(tmp_path: Path) -> None:
-    if "cuda" not in backend.check().devices:
-        pytest.skip(backend.check().reason)
+    if "cuda" not in (found := availability.onnxruntime()).devices:
+        pytest.skip(found.reason)
     engine = OnnxRuntimeEngine("scaler", save(SCALER, tmp_path / "scaler.onnx"), device="cuda")
     for seed in range(3):
         inputs = {name: tensor.cuda() for name, tensor in sample(4, 5, seed).items()}

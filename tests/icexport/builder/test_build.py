@@ -4,6 +4,8 @@ import errno
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +87,26 @@ def test_an_identical_build_touches_nothing(tiny_bundle: Path, tiny_model: Path,
     assert time.perf_counter() - started < 5
     assert times(tiny_bundle) == before
     assert bundle.manifest.key == Bundle(tiny_bundle).manifest.key
+
+
+def test_an_identical_build_needs_no_torch(tiny_model: Path, tmp_path: Path) -> None:
+    """Importing torch takes longer than the rest of it."""
+    output = tmp_path / "bundle"
+    icexport.build("canny", model=str(tiny_model), backend="onnxruntime", verify=False, output=output)
+    code = """if True:
+        import sys
+        from icexport.cli.main import main
+        try:
+            main()
+        finally:
+            found = sorted({"torch", "diffusers", "transformers", "onnx"} & sys.modules.keys())
+            print(f"imported: {found}", file=sys.stderr)
+    """
+    options = ["--model", tiny_model, "--backend", "onnxruntime", "--no-verify", "--output", output]
+    command = [sys.executable, "-c", code, "build", "--cond", "canny", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "imported: []" in done.stderr, done.stderr
+    assert "up to date" in done.stdout
 
 
 @pytest.mark.parametrize("change", ["damage", "option", "force"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,10 +254,14 @@ def test_at_least_twenty_schedulers_are_taken() -> None:
     assert len({name for name, _ in TAKEN}) >= 20
 
 
-def test_every_scheduler_of_diffusers_pipelines_is_in_a_table() -> None:
-    accepted = {kind.name for kind in KarrasDiffusionSchedulers}
-    known = {name for name, _ in TAKEN} | {name for name, *_ in LEFT} | NEEDS_TORCHSDE
-    assert {scheduler_class(name).__name__ for name in known} >= accepted
+def test_the_reference_names_every_scheduler_that_diffusers_pipelines_accept() -> None:
+    page = Path(__file__).parents[3] / "docs" / "reference" / "schedulers.md"
+    rows = re.findall(r"^\| `(\w+)` \| ([\w ]+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    taken = {scheduler_class(name).__name__ for name, _ in TAKEN}
+    left = {scheduler_class(name).__name__ for name, *_ in LEFT} - taken
+    needs = {scheduler_class(name).__name__ for name in NEEDS_TORCHSDE}
+    assert rows == sorted([(n, "yes") for n in taken] + [(n, "no") for n in left] + [(n, "not tried") for n in needs])
+    assert {name for name, _ in rows} >= {f"{kind.name}" for kind in KarrasDiffusionSchedulers}
 
 
 @pytest.mark.parametrize(("name", "settings", "reason"), LEFT, ids=name_of)
