@@ -52,6 +52,7 @@ def draw(pipe: Any, control: Image.Image, **options: Any) -> tuple[Image.Image, 
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(SEED),
         callback_on_step_end=ended,
+        callback_on_step_end_tensor_inputs=[],
         **options,
     )
     return found.images[0], [b - a for a, b in pairwise(ends)]

@@ -46,8 +46,9 @@ _UNSUPPORTED = {
 class Controlled(Refusals):
     """A mixin for pipelines of diffusers whose models are a bundle's engines.
 
-    Threads: calls of one pipeline take turns, since diffusers keeps what belongs to a call in the pipeline and its
-    scheduler. ``fork`` gives a second pipeline on the same engines, whose calls run beside those of the first.
+    Threads: several may call one pipeline. What the step engine draws is drawn together; what diffusers' loop draws is
+    drawn in turns, since that keeps what belongs to a call in the pipeline and its scheduler. ``fork`` gives a second
+    pipeline on the same engines, with a scheduler of its own.
     """
 
     _condition: Condition | None = None
@@ -122,8 +123,8 @@ class Controlled(Refusals):
     def fork(self) -> Self:
         """Return a second pipeline on the same engines, which are not loaded again.
 
-        Each thread that draws takes a fork. Where engines cannot be called by several threads at once (TensorRT, CUDA
-        graphs, ``low_memory``), calls of all forks take turns.
+        Its pictures are drawn together with those of this one. Where engines cannot be called by several threads at
+        once (TensorRT, CUDA graphs, ``low_memory``), calls of all forks take turns.
         """
         self._check_loaded()
         loaded, models = self._loaded, self.components  # type: ignore[attr-defined]

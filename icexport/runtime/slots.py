@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -157,7 +158,7 @@ class Slot:
         """Give the latents so far to whoever waits for them, or that they are not finite."""
         latents = self.latents
         finite = latents.isfinite().all().item()
-        if self.ticket.set_running_or_notify_cancel():
+        with suppress(InvalidStateError):  # it was thrown away meanwhile
             if finite:
                 self.ticket.set_result(latents)
             else:
@@ -165,7 +166,7 @@ class Slot:
 
     def fail(self, error: Exception) -> None:
         """Give an error to whoever waits for the latents."""
-        if self.ticket.set_running_or_notify_cancel():
+        with suppress(InvalidStateError):
             self.ticket.set_exception(error)
 
     @property
@@ -182,7 +183,7 @@ def guide(predicted: Tensor, request: StepRequest) -> Tensor:
     if len(predicted) == 1:
         return predicted[0]
     free, prompted = predicted
-    guided: Tensor = free + request.guidance_scale * (prompted - free)
+    guided = torch.lerp(free, prompted, request.guidance_scale)
     if request.guidance_rescale:
         (guided,) = rescale_noise_cfg(guided[None], prompted[None], request.guidance_rescale)
     return guided

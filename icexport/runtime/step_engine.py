@@ -152,6 +152,9 @@ class StepEngine:
 
     def _arrive(self) -> None:
         """Let waiting pictures in, and those out that are done or thrown away."""
+        for slot in self._drawn:
+            if slot.done and not slot.ticket.done():  # the thread that made its last call was interrupted
+                slot.finish()
         self._drawn = [slot for slot in self._drawn if not slot.ticket.done()]
         with self._queue:
             self._waiting = [slot for slot in self._waiting if not slot.ticket.done()]

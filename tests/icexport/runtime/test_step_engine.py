@@ -296,6 +296,24 @@ def test_an_interrupt_leaves_the_pictures_as_they_were() -> None:
     assert torch.equal(other.result(), draw(Toys(), request(1))[0])
 
 
+def test_an_interrupt_at_the_end_of_a_picture_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    toys = Toys()
+    ticket = toys.engine.admit(request())
+    for _ in range(3):
+        toys.engine.step()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "set_result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            toys.engine.step()
+    assert not ticket.done()
+    assert toys.engine.step() == 0
+    assert torch.equal(ticket.result(), draw(Toys(), request())[0])
+
+
 def test_an_error_while_watching_throws_the_pictures_away() -> None:
     toys = Toys()
     ticket = toys.engine.admit(request())
