@@ -103,19 +103,21 @@ def coefficients(
         NotLinearError: the scheduler is not linear, draws its noise otherwise than diffusers' ``randn_tensor``, or
             does not take these arguments.
     """
+    try:
+        state = _state(vars(scheduler))
+        hash(state)
+    except TypeError:  # something in the scheduler has no value to compare: it is derived anew every time
+        state = object()
     question = _Question(
         type(scheduler),
-        _state(vars(scheduler)),
+        state,
         steps,
         None if timesteps is None else tuple(timesteps),
         None if sigmas is None else tuple(sigmas),
         eta,
         scheduler,
     )
-    try:
-        found = _known(question)
-    except TypeError:  # something in the scheduler cannot be hashed: it is asked anew every time
-        found = _derive(question)
+    found = _known(question)
     if isinstance(found, str):
         raise NotLinearError(f"{type(scheduler).__name__} {found}")
     return found

@@ -149,7 +149,9 @@ class InnerControlPipeline(Stepping, Controlled, StableDiffusionControlNetPipeli
                 each = [self._watch(one[None], check_fidelity, weights.calls) for one in control_maps]
                 requests = self._requests(weights, each, image=control_maps, **options)
                 kind = options["output_type"]
-                images, nsfw = self._draw_fast(requests, num_inference_steps, callback_on_step_end, kind)
+                own = timesteps is not None or sigmas is not None  # each of them is a step, as diffusers counts
+                steps = weights.calls if own else num_inference_steps
+                images, nsfw = self._draw_fast(requests, steps, callback_on_step_end, kind)
             else:
                 calls = self._count_calls(num_inference_steps, timesteps, sigmas) if check_fidelity is not False else 0
                 each = [self._watch(control_maps, check_fidelity, calls)]

@@ -186,6 +186,15 @@ def test_the_scheduler_is_left_as_it_was_and_asked_once() -> None:
     assert coefficients(make("UniPCMultistep", KARRAS), 7) is not first
 
 
+@pytest.mark.parametrize("thing", [{1, 2}, {1: 0, "a": 0}, torch.zeros(2, dtype=torch.bfloat16)], ids=str)
+def test_what_has_no_value_to_compare_is_derived_anew(thing: Any) -> None:
+    scheduler = make("DDIM", {})
+    scheduler.thing = thing
+    first, second = coefficients(scheduler, 5), coefficients(scheduler, 5)
+    assert first is not second
+    assert torch.equal(first.latents, second.latents)
+
+
 def test_what_was_set_by_hand_counts() -> None:
     scheduler, changed = make("DDIM", {}), make("DDIM", {})
     changed.alphas_cumprod = changed.alphas_cumprod**1.5

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
 from icexport import InnerControlPipeline
@@ -101,9 +101,16 @@ def test_a_callback_cannot_change_what_it_was_not_given(pipe: InnerControlPipeli
     assert len(call(pipe).images) == 1, "and the pipeline goes on"
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "total"),
+    [
+        (DDIMScheduler, {"num_inference_steps": 4}, 4),
+        (HeunDiscreteScheduler, {"num_inference_steps": 4}, 4),
+        (EulerDiscreteScheduler, {"timesteps": [900, 600, 400, 10]}, 4),
+    ],
+)
 def test_the_bar_moves_as_in_diffusers_loop(
-    pipe: InnerControlPipeline, scheduler: Any, monkeypatch: pytest.MonkeyPatch
+    pipe: InnerControlPipeline, scheduler: Any, steps: dict[str, Any], total: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, clip_sample=False)
     moves: list[tuple[str, int]] = []
@@ -122,12 +129,12 @@ def test_the_bar_moves_as_in_diffusers_loop(
             moves.append(("update", 1))
 
     monkeypatch.setattr(pipe, "progress_bar", lambda total: Bar(total))
-    call(pipe, loop="fast", num_inference_steps=4)
+    call(pipe, loop="fast", **steps)
     fast = moves.copy()
     moves.clear()
-    call(pipe, loop="diffusers", num_inference_steps=4)
+    call(pipe, loop="diffusers", **steps)
     assert fast == moves
-    assert moves[0] == ("total", 4)
+    assert moves[0] == ("total", total)
 
 
 def test_an_interrupt_ends_with_the_latents_of_then(pipe: InnerControlPipeline) -> None:
